@@ -1,0 +1,108 @@
+// The CPU backend as the bindings (and the C++ tests) see it: plain structs of pointers and sizes, and one table of
+// functions per instruction set. No torch, no Python. Callers check arguments; kernels trust them.
+#pragma once
+
+#include <cstdint>
+
+namespace peft_kernels::cpu {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// A row-major array of any of the three dtypes; `data` is null where an optional input is absent.
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+struct MutableArray {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// The caller's thread pool. Runs body(context, begin, end) over disjoint ranges that cover [0, tasks).
+struct ThreadPool {
+  void (*parallel_for)(int64_t tasks, void* context, void (*body)(void* context, int64_t begin, int64_t end));
+};
+
+// NF4 weight; format in common/nf4.h. Exactly one of `absmax` and `absmax_codes` is set. Blocksizes are powers of two.
+struct NF4Weight {
+  const uint8_t* packed = nullptr;
+  const float* absmax = nullptr;
+  const uint8_t* absmax_codes = nullptr;
+  const float* nested_code = nullptr;  // [256]
+  const float* nested_absmax = nullptr;
+  float nested_offset = 0.0f;
+  int nested_blocksize_log2 = 0;
+  int blocksize_log2 = 0;
+};
+
+// Counter-based dropout; see common/philox.h. Inactive when threshold is 0.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // floor(p * 2^32)
+  float scale = 1.0f;      // 1 / (1 - p)
+};
+
+// The low-rank branch scaling * D(x) A^T B^T.
+struct LowRank {
+  int64_t rank = 0;  // 0: absent
+  Array a;           // [rank, K]
+  Array b;           // [N, rank]
+  float scaling = 1.0f;
+  Dropout dropout;
+};
+
+// y = column_scale * ((x * input_scale) W^T + scaling * u B^T) + bias,   u = D(x) A^T
+// The product with W is computed from `nf4`, or for a dense W given in `base` (a vendor GEMM made it).
+struct AdaptedLinear {
+  int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
+  Array x;                                                // [M, K]
+  NF4Weight nf4;                                          // [N, K], where base is absent
+  Array base;                                             // [M, N] = (x * input_scale) W^T
+  LowRank lowrank;
+  Array column_scale;  // [N]
+  Array input_scale;   // [K]
+  Array bias;          // [N]
+  MutableArray y;      // [M, N]
+  float* u = nullptr;  // [M, rank]
+  MutableArray z;      // [M, N] value before column_scale, where asked for
+};
+
+// Gradients of the above for g = dL/dy; the outputs that are absent are not computed.
+//   dz = column_scale * g             du = scaling * dz B            dB = scaling * dz^T u
+//   dx = input_scale * (dz W) + D'(du A)                             dA = du^T D(x)
+//   d input_scale = sum_m x * (dz W)  d column_scale = sum_m g * z   d bias = sum_m g
+struct AdaptedLinearBackward {
+  int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
+  Array grad;                                             // [M, N]
+  Array x;                                                // [M, K]
+  NF4Weight nf4;                                          // [N, K], where base is absent
+  Array base;                                             // [M, K] = dz W (a vendor GEMM made it)
+  LowRank lowrank;
+  Array column_scale, input_scale;
+  const float* u = nullptr;  // [M, rank]
+  Array z;                   // [M, N]
+  MutableArray dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias;
+};
+
+struct Kernels {
+  const char* name;  // of the instruction set
+  void (*nf4_quantize)(Array weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax, ThreadPool pool);
+  void (*nf4_dequantize)(const NF4Weight& weight, int64_t count, MutableArray out, ThreadPool pool);
+  void (*philox_dropout)(Array x, int64_t count, const Dropout& dropout, MutableArray out, ThreadPool pool);
+  void (*adapted_linear)(const AdaptedLinear& problem, ThreadPool pool);
+  void (*adapted_linear_backward)(const AdaptedLinearBackward& problem, ThreadPool pool);
+};
+
+// The table in use: the best that this processor runs, or the one that PEFT_KERNELS_CPU_CAPABILITY names if it is not
+// above it. Chosen once, at the first call; an unknown or unavailable name throws std::invalid_argument.
+const Kernels& kernels();
+
+// The names of all tables that this processor runs, comma-separated, best last: "portable,avx2,avx512".
+const char* capabilities();
+
+// One table by name for the tests; null where the processor cannot run it.
+const Kernels* kernels_named(const char* name);
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,9 @@
+#include "../simd/avx512.h"
+
+#include "../../common/nf4.h"
+#include "../api.h"
+#include "../scratch.h"
+
+namespace peft_kernels::cpu::avx512 {
+#include "../kernels/table-inl.h"
+}

@@ -1,0 +1,9 @@
+#include "../simd/portable.h"
+
+#include "../../common/nf4.h"
+#include "../api.h"
+#include "../scratch.h"
+
+namespace peft_kernels::cpu::portable {
+#include "../kernels/table-inl.h"
+}

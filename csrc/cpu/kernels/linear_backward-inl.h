@@ -1,0 +1,197 @@
+// The adapted linear, backward; formulas in api.h. Three passes, each parallel over what its sums do not run over:
+//   tokens:          du = scaling * dz B                                    (sums over output features)
+//   output features: dB, d bias, d column_scale                             (sums over tokens)
+//   input features:  dx, dA, d input_scale, W decoded once per token block  (sums over output features and tokens)
+// As in the forward, no sum's order depends on the number of threads. W is never held but for one block of panels.
+
+inline constexpr int64_t kMostBlockInputs = kBlockDepth;  // input features that a task owns, at most
+
+// grad[m, n0 .. n0 + count) * column_scale in fp32; column_scale is those features' values, or null.
+void load_dz(const AdaptedLinearBackward& p, int64_t m, int64_t n0, int64_t count, const float* column_scale,
+             float* dst) {
+  load_row(p.grad, m * p.out_features + n0, count, dst);
+  if (column_scale != nullptr) multiply_row(dst, column_scale, count);
+}
+
+// du[M, rank] = scaling * dz B.
+void backward_du(const AdaptedLinearBackward& p, float* du, ThreadPool pool) {
+  constexpr int64_t kTokens = 48;
+  const int64_t rank = p.lowrank.rank;
+  parallel(pool, ceil_div(p.tokens, kTokens), [&](int64_t task) {
+    const int64_t m0 = task * kTokens, tokens = lesser(kTokens, p.tokens - m0);
+    for (int64_t j0 = 0; j0 < rank; j0 += kBlockDepth) {
+      const int64_t ranks = lesser(kBlockDepth, rank - j0), width = ceil_div(ranks, kPanelColumns) * kPanelColumns;
+      Slice scratch{task_scratch(static_cast<size_t>(slice_size(kTokens * kBlockDepth) + slice_size(kBlockDepth * width) +
+                                                     slice_size(kTokens * width)))};
+      float* a = scratch.take(kTokens * kBlockDepth);     // dz   [tokens, depth]
+      float* panels = scratch.take(kBlockDepth * width);  // B    [width / P, depth, P]
+      float* sums = scratch.take(kTokens * width);        // du   [tokens, width]
+      fill_zero(sums, tokens * width);
+      for (int64_t n0 = 0; n0 < p.out_features; n0 += kBlockDepth) {
+        const int64_t depth = lesser(kBlockDepth, p.out_features - n0);
+        pack_rows(depth, ranks, panels,
+                  [&](int64_t i, float* row) { load_row(p.lowrank.b, (n0 + i) * rank + j0, ranks, row); });
+        float scale_buffer[kBlockDepth];
+        const float* column_scale = optional_as_float(p.column_scale, n0, depth, scale_buffer);
+        for (int64_t t = 0; t < tokens; ++t) load_dz(p, m0 + t, n0, depth, column_scale, a + t * kBlockDepth);
+        multiply_panels(a, kBlockDepth, tokens, panels, depth, width, sums);
+      }
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t j = 0; j < ranks; ++j) du[(m0 + t) * rank + j0 + j] = p.lowrank.scaling * sums[t * width + j];
+      }
+    }
+  });
+}
+
+// left^T in blocks of kBlockDepth tokens: dst[block][j][t] = src[block * kBlockDepth + t][j], for src [M, rank].
+void transpose_tokens(const float* src, int64_t tokens, int64_t rank, float* dst) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    float* column = dst + m / kBlockDepth * kBlockDepth * rank + m % kBlockDepth;
+    for (int64_t j = 0; j < rank; ++j) column[j * kBlockDepth] = src[m * rank + j];
+  }
+}
+inline int64_t transposed_size(int64_t tokens, int64_t rank) {
+  return slice_size(ceil_div(tokens, kBlockDepth) * kBlockDepth * rank);
+}
+
+// dB = scaling * dz^T u, d bias = sum g, d column_scale = sum g * z; tasks own output features.
+void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed, ThreadPool pool) {
+  const int64_t rank = p.dlora_b ? p.lowrank.rank : 0;
+  const int64_t block = block_columns(p.out_features, kMostBlockColumns);
+  parallel(pool, ceil_div(p.out_features, block), [&](int64_t task) {
+    const int64_t n0 = task * block, columns = lesser(block, p.out_features - n0);
+    const int64_t width = ceil_div(columns, kPanelColumns) * kPanelColumns;
+    Slice scratch{task_scratch(static_cast<size_t>(slice_size(kBlockDepth * width) + slice_size(rank * width) +
+                                                   slice_size(rank)))};
+    float* panels = scratch.take(kBlockDepth * width);  // dz   [width / P, tokens, P]
+    float* sums = scratch.take(rank * width);           // dB^T [rank, width]
+    float* db_row = scratch.take(rank);
+    float dbias[kMostBlockColumns] = {}, dscale[kMostBlockColumns] = {}, z[kMostBlockColumns];
+    float scale_buffer[kMostBlockColumns];
+    const float* column_scale = optional_as_float(p.column_scale, n0, columns, scale_buffer);
+    fill_zero(sums, rank * width);
+    for (int64_t m0 = 0; m0 < p.tokens; m0 += kBlockDepth) {
+      const int64_t tokens = lesser(kBlockDepth, p.tokens - m0);
+      pack_rows(tokens, columns, panels, [&](int64_t t, float* row) {
+        const int64_t at = (m0 + t) * p.out_features + n0;
+        load_row(p.grad, at, columns, row);
+        if (p.dbias) {
+          for (int64_t i = 0; i < columns; ++i) dbias[i] += row[i];
+        }
+        if (p.dcolumn_scale) {
+          load_row(p.z, at, columns, z);
+          for (int64_t i = 0; i < columns; ++i) dscale[i] += row[i] * z[i];
+        }
+        if (column_scale != nullptr) multiply_row(row, column_scale, columns);
+      });
+      if (rank != 0) multiply_panels(u_transposed + m0 * rank, kBlockDepth, rank, panels, tokens, width, sums);
+    }
+    if (p.dbias) store_row(dbias, columns, p.dbias, n0);
+    if (p.dcolumn_scale) store_row(dscale, columns, p.dcolumn_scale, n0);
+    for (int64_t i = 0; i < columns && rank != 0; ++i) {
+      for (int64_t j = 0; j < rank; ++j) db_row[j] = p.lowrank.scaling * sums[j * width + i];
+      store_row(db_row, rank, p.dlora_b, (n0 + i) * rank);
+    }
+  });
+}
+
+// dx, dA and d input_scale; tasks own input features and go through all tokens.
+void backward_inputs(const AdaptedLinearBackward& p, const float* du, const float* du_transposed, ThreadPool pool) {
+  const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
+  const int64_t block = block_columns(in_features, kMostBlockInputs);
+  const bool through_weight = p.dx || p.dinput_scale;
+  // Where neither dropout nor an input scale treats the two parts of dx apart, both go into the same sums.
+  const bool apart = rank != 0 && (p.lowrank.dropout.threshold != 0 || p.input_scale);
+  parallel(pool, ceil_div(in_features, block), [&](int64_t task) {
+    const int64_t k0 = task * block, inputs = lesser(block, in_features - k0);
+    const int64_t width = ceil_div(inputs, kPanelColumns) * kPanelColumns;
+    Slice scratch{task_scratch(static_cast<size_t>(
+        slice_size(kBlockTokens * kBlockDepth) + slice_size(kBlockDepth * width) +
+        2 * slice_size(kBlockTokens * width) + slice_size(rank * width)))};
+    float* a = scratch.take(kBlockTokens * kBlockDepth);   // dz or du     [tokens, depth]
+    float* panels = scratch.take(kBlockDepth * width);     // W or A or x  [width / P, depth, P]
+    float* sums = scratch.take(kBlockTokens * width);      // dz W         [tokens, width]
+    float* low_sums = scratch.take(kBlockTokens * width);  // du A         [tokens, width], where apart
+    float* da = scratch.take(rank * width);                // dA           [rank, width]
+    float row[kBlockDepth], scale_buffer[kBlockDepth], dinput_scale[kBlockDepth] = {};
+    const float* input_scale = optional_as_float(p.input_scale, k0, inputs, scale_buffer);
+
+    for (int64_t m0 = 0; m0 < p.tokens && through_weight; m0 += kBlockTokens) {
+      const int64_t tokens = lesser(kBlockTokens, p.tokens - m0);
+      if (p.base) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          load_row(p.base, (m0 + t) * in_features + k0, inputs, sums + t * width);
+          fill_zero(sums + t * width + inputs, width - inputs);
+        }
+      } else {
+        fill_zero(sums, tokens * width);
+        for (int64_t n0 = 0; n0 < out_features; n0 += kBlockDepth) {
+          const int64_t depth = lesser(kBlockDepth, out_features - n0);
+          decode_panels_by_input(p.nf4, in_features, n0, depth, k0, inputs, panels);
+          float column_buffer[kBlockDepth];
+          const float* column_scale = optional_as_float(p.column_scale, n0, depth, column_buffer);
+          for (int64_t t = 0; t < tokens; ++t) load_dz(p, m0 + t, n0, depth, column_scale, a + t * kBlockDepth);
+          multiply_panels(a, kBlockDepth, tokens, panels, depth, width, sums);
+        }
+      }
+      if (p.dinput_scale) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          load_row(p.x, (m0 + t) * in_features + k0, inputs, row);
+          for (int64_t i = 0; i < inputs; ++i) dinput_scale[i] += row[i] * sums[t * width + i];
+        }
+      }
+      if (!p.dx) continue;
+      float* low = apart ? low_sums : sums;
+      if (apart) fill_zero(low, tokens * width);
+      for (int64_t j0 = 0; j0 < rank; j0 += kBlockDepth) {
+        const int64_t depth = lesser(kBlockDepth, rank - j0);
+        pack_rows(depth, inputs, panels,
+                  [&](int64_t j, float* r) { load_row(p.lowrank.a, (j0 + j) * in_features + k0, inputs, r); });
+        multiply_panels(du + m0 * rank + j0, rank, tokens, panels, depth, width, low);
+      }
+      for (int64_t t = 0; t < tokens; ++t) {
+        float* sum = sums + t * width;
+        const int64_t at = (m0 + t) * in_features + k0;
+        if (input_scale != nullptr) multiply_row(sum, input_scale, inputs);
+        if (apart) {
+          float* low_row = low + t * width;
+          if (p.lowrank.dropout.threshold != 0) apply_dropout(low_row, inputs, at, p.lowrank.dropout);
+          for (int64_t i = 0; i < inputs; ++i) sum[i] += low_row[i];
+        }
+        store_row(sum, inputs, p.dx, at);
+      }
+    }
+    if (p.dinput_scale) store_row(dinput_scale, inputs, p.dinput_scale, k0);
+
+    if (p.dlora_a) {
+      fill_zero(da, rank * width);
+      for (int64_t m0 = 0; m0 < p.tokens; m0 += kBlockDepth) {
+        const int64_t tokens = lesser(kBlockDepth, p.tokens - m0);
+        pack_rows(tokens, inputs, panels, [&](int64_t t, float* r) {
+          load_dropped(p.lowrank, p.x, in_features, m0 + t, k0, inputs, r);
+        });
+        multiply_panels(du_transposed + m0 * rank, kBlockDepth, rank, panels, tokens, width, da);
+      }
+      for (int64_t j = 0; j < rank; ++j) store_row(da + j * width, inputs, p.dlora_a, j * in_features + k0);
+    }
+  });
+}
+
+void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
+  const int64_t rank = p.lowrank.rank;
+  const bool need_du = rank != 0 && (p.dx || p.dlora_a);
+  const int64_t transposed = transposed_size(p.tokens, rank);
+  Slice caller{caller_scratch(static_cast<size_t>(slice_size(p.tokens * rank) + 2 * transposed))};
+  float* du = caller.take(p.tokens * rank);
+  float* du_transposed = caller.take(transposed);
+  float* u_transposed = caller.take(transposed);
+  if (need_du) {
+    backward_du(p, du, pool);
+    if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed);
+  }
+  if (p.dlora_b || p.dbias || p.dcolumn_scale) {
+    if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed);
+    backward_outputs(p, u_transposed, pool);
+  }
+  if (p.dx || p.dlora_a || p.dinput_scale) backward_inputs(p, du, du_transposed, pool);
+}

@@ -1,0 +1,194 @@
+// The NF4 codec: scales, decoding into rows and panels, and the two ops. Format: common/nf4.h.
+
+// dst[i] = absmax of block first + i.
+void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
+  if (w.absmax != nullptr) {
+    for (int64_t i = 0; i < count; ++i) dst[i] = w.absmax[first + i];
+    return;
+  }
+  const uint8_t* codes = w.absmax_codes + first;
+  for (int64_t i = 0; i < count;) {  // runs of blocks that share one second-level scale
+    const int64_t group = (first + i) >> w.nested_blocksize_log2;
+    const int64_t end = lesser(((group + 1) << w.nested_blocksize_log2) - first, count);
+    const float scale = w.nested_absmax[group];
+    for (; i < end; ++i) dst[i] = w.nested_code[codes[i]] * scale + w.nested_offset;  // -ffp-contract=off: two roundings
+  }
+}
+
+inline float decode_one(const NF4Weight& w, int64_t element, float scale_of_block) {
+  const uint8_t byte = w.packed[element >> 1];
+  return kNF4Code[element & 1 ? byte & 15 : byte >> 4] * scale_of_block;
+}
+
+// dst[i] = weight[first + i] for any range; whole vectors inside a block, single elements at its ragged ends.
+void decode_run(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
+  const Table code = load_table(kNF4Code);
+  const int64_t last = first + count;
+  for (int64_t e = first; e < last;) {
+    const int64_t block = e >> w.blocksize_log2;
+    const int64_t end = lesser((block + 1) << w.blocksize_log2, last);
+    float scale_of_block = 0.0f;
+    load_scales(w, block, 1, &scale_of_block);
+    const Table table = scale(code, scale_of_block);
+    if (e & 1) {
+      dst[e - first] = decode_one(w, e, scale_of_block);
+      ++e;
+    }
+    for (; e + 2 * kLanes <= end; e += 2 * kLanes) {
+      const Bytes b = load_bytes(w.packed + (e >> 1));
+      store_interleaved(dst + (e - first), look_up_high(table, b), look_up_low(table, b));
+    }
+    for (; e < end; ++e) dst[e - first] = decode_one(w, e, scale_of_block);
+  }
+}
+
+// True where every row starts a block, so that a row is whole bytes and whole blocks: the fast paths.
+inline bool rows_are_whole_blocks(const NF4Weight& w, int64_t in_features) {
+  return (in_features & ((int64_t{1} << w.blocksize_log2) - 1)) == 0;
+}
+
+inline constexpr int kPanelColumns = 2 * kLanes;
+inline constexpr int64_t kBlockDepth = 256;  // reduction elements that a panel spans; a multiple of every kPanelColumns
+
+// The panels of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns, zero from `columns` on.
+// W is transposed as bytes (a quarter of the data), then looked up with lanes = output features.
+void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t columns, int64_t k0,
+                            int64_t depth, float* panel) {
+  if (rows_are_whole_blocks(w, in_features)) {
+    // One block's scale serves `unit` consecutive k: the blocksize, or the panel's whole depth where blocks are larger.
+    const int64_t unit = lesser(int64_t{1} << w.blocksize_log2, depth), units = ceil_div(depth, unit);
+    float scales[kTransposedRows][kBlockDepth / 32];  // [row, unit]; 32 is the least blocksize
+    float scale_of_row[kTransposedRows];
+    const Table code = load_table(kNF4Code);
+    for (int64_t first = 0; first < kPanelColumns; first += kTransposedRows) {
+      const uint8_t* row[kTransposedRows];
+      for (int64_t i = 0; i < kTransposedRows; ++i) {
+        const bool present = first + i < columns;
+        const int64_t element = (n0 + (present ? first + i : 0)) * in_features + k0;
+        row[i] = w.packed + (element >> 1);
+        if (present) {
+          load_scales(w, element >> w.blocksize_log2, units, scales[i]);
+        } else {
+          fill_zero(scales[i], units);
+        }
+      }
+      for (int64_t u = 0; u < units; ++u) {
+        for (int i = 0; i < kTransposedRows; ++i) scale_of_row[i] = scales[i][u];
+        for (int64_t k = u * unit; k < lesser((u + 1) * unit, depth); k += 32) {
+          const ByteColumns bytes = load_transposed(row, k / 2);
+          float* out = panel + k * kPanelColumns + first;
+          for (int j = 0; j < 16; ++j, out += 2 * kPanelColumns) {
+            for (int i = 0; i < kTransposedRows; i += kLanes) {
+              const Bytes b = widen(bytes, j, i);
+              const Vec s = load(scale_of_row + i);
+              store(out + i, mul(look_up_high(code, b), s));
+              store(out + kPanelColumns + i, mul(look_up_low(code, b), s));
+            }
+          }
+        }
+      }
+    }
+    return;
+  }
+  float row[kBlockDepth];
+  for (int64_t i = 0; i < kPanelColumns; ++i) {
+    if (i < columns) {
+      decode_run(w, (n0 + i) * in_features + k0, depth, row);
+    } else {
+      fill_zero(row, depth);
+    }
+    for (int64_t k = 0; k < depth; ++k) panel[k * kPanelColumns + i] = row[k];
+  }
+}
+
+// The panels of the input gradient, for `width` <= kBlockDepth input features from k0 on:
+// panels[k / P][n][k % P] = W[n0 + n][k0 + k] with P = kPanelColumns; columns past `width` are zero.
+void decode_panels_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
+                            int64_t width, float* panels) {
+  const int64_t panel_size = rows * kPanelColumns;
+  if (rows_are_whole_blocks(w, in_features) && width % kPanelColumns == 0) {
+    const Table code = load_table(kNF4Code);
+    float scales[kBlockDepth / 32 + 1];
+    for (int64_t n = 0; n < rows; ++n) {
+      const int64_t element = (n0 + n) * in_features + k0, block = element >> w.blocksize_log2;
+      const uint8_t* bytes = w.packed + (element >> 1);
+      prefetch(bytes + 8 * (in_features >> 1));
+      load_scales(w, block, ((element + width - 1) >> w.blocksize_log2) - block + 1, scales);
+      float* out = panels + n * kPanelColumns;
+      for (int64_t k = 0; k < width; k += kPanelColumns, out += panel_size) {
+        const Table table = scale(code, scales[((element + k) >> w.blocksize_log2) - block]);
+        const Bytes b = load_bytes(bytes + k / 2);
+        store_interleaved(out, look_up_high(table, b), look_up_low(table, b));
+      }
+    }
+    return;
+  }
+  float row[kBlockDepth];
+  for (int64_t n = 0; n < rows; ++n) {
+    decode_run(w, (n0 + n) * in_features + k0, width, row);
+    fill_zero(row + width, ceil_div(width, kPanelColumns) * kPanelColumns - width);
+    for (int64_t k = 0; k < width; k += kPanelColumns) {
+      for (int i = 0; i < kPanelColumns; ++i) panels[(k / kPanelColumns) * panel_size + n * kPanelColumns + i] = row[k + i];
+    }
+  }
+}
+
+void nf4_dequantize(const NF4Weight& w, int64_t count, MutableArray out, ThreadPool pool) {
+  constexpr int64_t kChunk = 4096;
+  parallel(pool, ceil_div(count, kChunk), [&](int64_t task) {
+    const int64_t first = task * kChunk, n = lesser(kChunk, count - first);
+    if (out.dtype == DType::kFloat32) {
+      decode_run(w, first, n, static_cast<float*>(out.data) + first);
+      return;
+    }
+    float* row = task_scratch(kChunk);
+    decode_run(w, first, n, row);
+    store_row(row, n, out, first);
+  });
+}
+
+// The code of a value scaled to [-1, 1]: the number of midpoints between levels that lie below it; NaN gives 15.
+inline uint8_t nearest_code(const float (&midpoint)[15], float value) {
+  int code = 0;
+  for (int i = 0; i < 15; ++i) code += !(midpoint[i] >= value);
+  return static_cast<uint8_t>(code);
+}
+
+// Bit for bit what bitsandbytes stores: a full block multiplies by the rounded reciprocal of its absmax, a last partial
+// block divides by it; absmax below 1e-38 counts as 1e-38 (and is stored so in the partial block).
+void nf4_quantize(Array weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax, ThreadPool pool) {
+  float midpoint[15];
+  for (int i = 0; i < 15; ++i) midpoint[i] = (kNF4Code[i] + kNF4Code[i + 1]) / 2;
+  constexpr float kLeastAbsmax = 1e-38f;
+  constexpr int64_t kLargestBlock = 4096;
+  const int64_t blocksize = int64_t{1} << blocksize_log2;
+  const int64_t blocks_a_task = kLargestBlock / blocksize;
+
+  parallel(pool, ceil_div(count, kLargestBlock), [&](int64_t task) {
+    float* value = task_scratch(2 * kLargestBlock);
+    uint8_t* code = reinterpret_cast<uint8_t*>(value + kLargestBlock);
+    for (int64_t block = task * blocks_a_task; block < lesser((task + 1) * blocks_a_task, ceil_div(count, blocksize));
+         ++block) {
+      const int64_t first = block * blocksize, n = lesser(blocksize, count - first);
+      load_row(weight, first, n, value);
+      float largest = 0.0f;
+      bool nan = false;
+      for (int64_t i = 0; i < n; ++i) {
+        const float magnitude = value[i] < 0 ? -value[i] : value[i];
+        largest = magnitude > largest ? magnitude : largest;
+        nan |= value[i] != value[i];
+      }
+      if (nan) largest = __builtin_nanf("");
+      const float divisor = largest < kLeastAbsmax ? kLeastAbsmax : largest;
+      const bool partial = n < blocksize;
+      absmax[block] = partial ? divisor : largest;
+      const float reciprocal = 1.0f / divisor;
+      for (int64_t i = 0; i < n; ++i) {
+        const float scaled = partial ? value[i] / divisor : value[i] * reciprocal;
+        code[i] = nearest_code(midpoint, scaled > 1.0f ? 1.0f : (scaled < -1.0f ? -1.0f : scaled));
+      }
+      if (n & 1) code[n] = 7;  // the level 0
+      for (int64_t i = 0; i < n; i += 2) packed[(first + i) >> 1] = static_cast<uint8_t>(code[i] << 4 | code[i + 1]);
+    }
+  });
+}

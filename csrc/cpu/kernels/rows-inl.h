@@ -1,0 +1,115 @@
+// Rows of any dtype in and out of fp32, and the helpers that every kernel shares.
+// A "-inl.h" file is compiled once per instruction set, inside that set's namespace, after its simd/ header.
+
+struct Slice {  // what a task gets of its scratch: consecutive arrays cut off one allocation
+  float* next;
+  float* take(int64_t floats) {
+    float* p = next;
+    next += (floats + 15) / 16 * 16;  // keep 64-byte alignment
+    return p;
+  }
+};
+inline int64_t slice_size(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Runs body(task) for every task, on the caller's pool. Which thread runs a task never changes what it computes.
+template <class Body>
+void parallel(ThreadPool pool, int64_t tasks, const Body& body) {
+  auto run = [](void* context, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) (*static_cast<const Body*>(context))(task);
+  };
+  pool.parallel_for(tasks, const_cast<Body*>(&body), run);
+}
+
+// dst[i] = src[offset + i] in fp32.
+void load_row(Array src, int64_t offset, int64_t count, float* dst) {
+  int64_t i = 0;
+  switch (src.dtype) {
+    case DType::kFloat32: {
+      const float* p = static_cast<const float*>(src.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store(dst + i, load(p + i));
+      for (; i < count; ++i) dst[i] = p[i];
+      return;
+    }
+    case DType::kBFloat16: {
+      const uint16_t* p = static_cast<const uint16_t*>(src.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store(dst + i, load_bf16(p + i));
+      for (; i < count; ++i) dst[i] = bf16_to_float(p[i]);
+      return;
+    }
+    case DType::kFloat16: {
+      const uint16_t* p = static_cast<const uint16_t*>(src.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store(dst + i, load_half(p + i));
+      for (; i < count; ++i) dst[i] = half_to_float(p[i]);
+      return;
+    }
+  }
+}
+
+// dst[offset + i] = src[i], rounded once to dst's dtype.
+void store_row(const float* src, int64_t count, MutableArray dst, int64_t offset) {
+  int64_t i = 0;
+  switch (dst.dtype) {
+    case DType::kFloat32: {
+      float* p = static_cast<float*>(dst.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store(p + i, load(src + i));
+      for (; i < count; ++i) p[i] = src[i];
+      return;
+    }
+    case DType::kBFloat16: {
+      uint16_t* p = static_cast<uint16_t*>(dst.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store_bf16(p + i, load(src + i));
+      for (; i < count; ++i) p[i] = float_to_bf16(src[i]);
+      return;
+    }
+    case DType::kFloat16: {
+      uint16_t* p = static_cast<uint16_t*>(dst.data) + offset;
+      for (; i + kLanes <= count; i += kLanes) store_half(p + i, load(src + i));
+      for (; i < count; ++i) p[i] = float_to_half(src[i]);
+      return;
+    }
+  }
+}
+
+// A pointer to src[offset .. offset + count) in fp32: into src itself where it is fp32, else converted into `buffer`.
+const float* as_float(Array src, int64_t offset, int64_t count, float* buffer) {
+  if (src.dtype == DType::kFloat32) return static_cast<const float*>(src.data) + offset;
+  load_row(src, offset, count, buffer);
+  return buffer;
+}
+
+void fill_zero(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
+}
+void multiply_row(float* row, const float* factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) row[i] *= factor[i];
+}
+
+// row[i] = keep(first + i) ? row[i] * scale : 0, where `first` is the flat index of row[0].
+void apply_dropout(float* row, int64_t count, int64_t first, const Dropout& dropout) {
+  const Vec scale = broadcast(dropout.scale);
+  for (int64_t i = 0; i < count;) {
+    const uint64_t element = static_cast<uint64_t>(first + i);
+    const int skip = static_cast<int>(element % 4);  // bits before `element` in its counter's group of four
+    uint64_t keep = philox_keep(element / 4, dropout.seed, dropout.threshold) >> skip;
+    const int64_t end = lesser(i + 64 - skip, count);
+    for (; i + kLanes <= end; i += kLanes, keep >>= kLanes) {
+      store(row + i, keep_scaled(keep, load(row + i), scale));
+    }
+    for (; i < end; ++i, keep >>= 1) row[i] = keep & 1 ? row[i] * dropout.scale : 0.0f;
+  }
+}
+
+void philox_dropout(Array x, int64_t count, const Dropout& dropout, MutableArray out, ThreadPool pool) {
+  constexpr int64_t kChunk = 4096;
+  parallel(pool, ceil_div(count, kChunk), [&](int64_t task) {
+    const int64_t first = task * kChunk, n = lesser(kChunk, count - first);
+    float* row = task_scratch(kChunk);
+    load_row(x, first, n, row);
+    apply_dropout(row, n, first, dropout);
+    store_row(row, n, out, first);
+  });
+}

@@ -1,0 +1,20 @@
+// All kernels of one instruction set, in the order in which they build on each other, and their table.
+// Included by isa/*.cpp, inside that set's namespace, after its simd/ header.
+
+namespace {
+#include "rows-inl.h"
+
+#include "nf4-inl.h"
+
+#include "tile-inl.h"
+
+#include "linear_forward-inl.h"
+
+#include "linear_backward-inl.h"
+}  // namespace
+
+const Kernels* table(const char* name) {
+  static const Kernels kernels{name, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear,
+                               adapted_linear_backward};
+  return &kernels;
+}

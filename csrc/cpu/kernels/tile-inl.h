@@ -1,0 +1,61 @@
+// The micro-kernel of every product here: c += a * panel, with a row-major and the panel kPanelColumns wide.
+
+// c[i][j] += sum_k a[i * lda + k] * panel[k * kPanelColumns + j], i < kRows. Sums run over k in order, from zero.
+template <int kRows>
+void multiply_tile(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc) {
+  Vec left[kRows], right[kRows];
+  for (int i = 0; i < kRows; ++i) left[i] = right[i] = zero();
+  for (int64_t k = 0; k < depth; ++k, panel += kPanelColumns) {
+    const Vec b0 = load(panel), b1 = load(panel + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const Vec s = broadcast(a[i * lda + k]);
+      left[i] = fmadd(s, b0, left[i]);
+      right[i] = fmadd(s, b1, right[i]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i, c += ldc) {
+    store(c, add(load(c), left[i]));
+    store(c + kLanes, add(load(c + kLanes), right[i]));
+  }
+}
+
+// The rows that are left after whole tiles, by a tile of just that many rows.
+template <int kRows>
+void multiply_remainder(int64_t rows, const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
+                        int64_t ldc) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return multiply_tile<kRows>(a, lda, panel, depth, c, ldc);
+    multiply_remainder<kRows - 1>(rows, a, lda, panel, depth, c, ldc);
+  }
+}
+
+void multiply_panel(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
+                    int64_t ldc) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) multiply_tile<kTileRows>(a + i * lda, lda, panel, depth, c + i * ldc, ldc);
+  multiply_remainder<kTileRows - 1>(rows - i, a + i * lda, lda, panel, depth, c + i * ldc, ldc);
+}
+
+// The same over panels that lie one after the other: c has `width` columns, a multiple of kPanelColumns.
+void multiply_panels(const float* a, int64_t lda, int64_t rows, const float* panels, int64_t depth, int64_t width,
+                     float* c) {
+  for (int64_t j = 0; j < width; j += kPanelColumns, panels += depth * kPanelColumns) {
+    multiply_panel(a, lda, rows, panels, depth, c + j, width);
+  }
+}
+
+// Panels from rows: panels[j / P][i][j % P] = row i's element j, zero past `width`. fill(i, row) provides row i.
+template <class Fill>
+void pack_rows(int64_t rows, int64_t width, float* panels, const Fill& fill) {
+  float row[kBlockDepth];
+  const int64_t padded = ceil_div(width, kPanelColumns) * kPanelColumns;
+  for (int64_t i = 0; i < rows; ++i) {
+    fill(i, row);
+    fill_zero(row + width, padded - width);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const int64_t panel = j / kPanelColumns;
+      store(panels + (panel * rows + i) * kPanelColumns + j % kPanelColumns, load(row + j));
+    }
+  }
+}

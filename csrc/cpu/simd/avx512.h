@@ -1,0 +1,113 @@
+// Sixteen lanes: AVX-512 F, BW, VL, DQ (and BMI2). The meaning of each operation is in portable.h.
+#pragma once
+
+// GCC 12's own AVX-512 headers leave don't-care operands uninitialised and warn about it where they are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include "../../common/float_convert.h"
+#include "../../common/philox.h"
+#include "x86.h"
+
+namespace peft_kernels::cpu::avx512 {
+
+inline constexpr int kLanes = 16;
+inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
+inline constexpr int kAccumulators = 16;
+
+using Vec = __m512;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float s) { return _mm512_set1_ps(s); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
+
+inline Vec load_bf16(const uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline Vec load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_bf16(uint16_t* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_srli_epi32(rounded, 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline void store_half(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
+  const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Vec a = load(p), b = load(p + kLanes);
+  even = _mm512_permutex2var_ps(a, pick, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(pick, _mm512_set1_epi32(1)), b);
+}
+
+struct Table {
+  __m512 entry;
+};
+using Bytes = __m512i;  // one byte, zero-extended, per lane; vpermps reads the low four bits only
+inline Table load_table(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Table scale(Table t, float s) { return {_mm512_mul_ps(t.entry, _mm512_set1_ps(s))}; }
+inline Bytes load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec look_up_high(const Table& t, Bytes b) { return _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), t.entry); }
+inline Vec look_up_low(const Table& t, Bytes b) { return _mm512_permutexvar_ps(b, t.entry); }
+inline void store_interleaved(float* p, Vec high, Vec low) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  store(p, _mm512_permutex2var_ps(high, first, low));
+  store(p + kLanes, _mm512_permutex2var_ps(high, _mm512_add_epi32(first, _mm512_set1_epi32(8)), low));
+}
+
+inline constexpr int kTransposedRows = 16;  // rows that load_transposed takes
+inline Bytes widen(const ByteColumns& b, int column, int) { return _mm512_cvtepu8_epi32(b.column[column]); }
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Low and high halves of the 32 x 32 bit products, lane by lane.
+inline void multiply(__m512i a, __m512i m, __m512i& low, __m512i& high) {
+  const __m512i even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
+  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+}
+inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i base = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(group)));
+  __m512i c0 = _mm512_add_epi32(base, lane), c2 = _mm512_setzero_si512(), c3 = c2;
+  const __mmask16 carry = _mm512_cmplt_epu32_mask(c0, base);
+  __m512i c1 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(group >> 32)));
+  c1 = _mm512_mask_add_epi32(c1, carry, c1, _mm512_set1_epi32(1));
+  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxM0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxM1));
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxW0, key1 += kPhiloxW1) {
+    __m512i low0, high0, low1, high1;
+    multiply(c0, m0, low0, high0);
+    multiply(c2, m1, low1, high1);
+    c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int>(key0)), 0x96);  // three-way xor
+    c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int>(key1)), 0x96);
+    c1 = low1;
+    c3 = low0;
+  }
+  const __m512i t = _mm512_set1_epi32(static_cast<int>(threshold));
+  constexpr uint64_t kEveryFourth = 0x1111111111111111u;
+  return _pdep_u64(_mm512_cmpge_epu32_mask(c0, t), kEveryFourth) |
+         _pdep_u64(_mm512_cmpge_epu32_mask(c1, t), kEveryFourth << 1) |
+         _pdep_u64(_mm512_cmpge_epu32_mask(c2, t), kEveryFourth << 2) |
+         _pdep_u64(_mm512_cmpge_epu32_mask(c3, t), kEveryFourth << 3);
+}
+inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) {
+  return _mm512_maskz_mul_ps(static_cast<__mmask16>(bits), v, s);
+}
+
+}  // namespace peft_kernels::cpu::avx512

@@ -1,0 +1,141 @@
+// Four lanes in plain C++: the meaning of every operation of the other two headers, and the build for any processor.
+// The loops have constant trip counts, so compilers map them to whatever vectors the target has.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/float_convert.h"
+#include "../../common/philox.h"
+
+namespace peft_kernels::cpu::portable {
+
+inline constexpr int kLanes = 4;         // fp32 values in a Vec
+inline constexpr int kTileRows = 4;      // rows of the micro-kernel's tile; its columns are 2 * kLanes
+inline constexpr int kAccumulators = 8;  // vectors that the look-up GEMV may hold
+
+struct Vec {
+  float lane[kLanes];
+};
+
+#define PK_EACH_LANE for (int i = 0; i < kLanes; ++i)
+inline Vec zero() { return {}; }
+inline Vec broadcast(float s) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = s;
+  return r;
+}
+inline Vec load(const float* p) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = p[i];
+  return r;
+}
+inline void store(float* p, Vec v) { PK_EACH_LANE p[i] = v.lane[i]; }
+inline Vec add(Vec a, Vec b) {
+  PK_EACH_LANE a.lane[i] += b.lane[i];
+  return a;
+}
+inline Vec mul(Vec a, Vec b) {
+  PK_EACH_LANE a.lane[i] *= b.lane[i];
+  return a;
+}
+inline Vec fmadd(Vec a, Vec b, Vec c) {  // two roundings here: an exact fma without hardware would be a library call
+  PK_EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
+  return c;
+}
+inline float reduce_add(Vec v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
+
+inline Vec load_bf16(const uint16_t* p) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = bf16_to_float(p[i]);
+  return r;
+}
+inline Vec load_half(const uint16_t* p) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = half_to_float(p[i]);
+  return r;
+}
+inline void store_bf16(uint16_t* p, Vec v) { PK_EACH_LANE p[i] = float_to_bf16(v.lane[i]); }
+inline void store_half(uint16_t* p, Vec v) { PK_EACH_LANE p[i] = float_to_half(v.lane[i]); }
+
+// First kLanes of 2 * kLanes floats' even and odd members.
+inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
+  PK_EACH_LANE {
+    even.lane[i] = p[2 * i];
+    odd.lane[i] = p[2 * i + 1];
+  }
+}
+
+// Sixteen fp32 entries that are looked up by the high or the low nibble of kLanes bytes.
+struct Table {
+  float entry[16];
+};
+struct Bytes {
+  uint8_t byte[kLanes];
+};
+inline Table load_table(const float* p) {
+  Table t;
+  for (int i = 0; i < 16; ++i) t.entry[i] = p[i];
+  return t;
+}
+inline Table scale(Table t, float s) {
+  for (int i = 0; i < 16; ++i) t.entry[i] *= s;
+  return t;
+}
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes b;
+  PK_EACH_LANE b.byte[i] = p[i];
+  return b;
+}
+inline Vec look_up_high(const Table& t, Bytes b) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = t.entry[b.byte[i] >> 4];
+  return r;
+}
+inline Vec look_up_low(const Table& t, Bytes b) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = t.entry[b.byte[i] & 15];
+  return r;
+}
+// Stores 2 * kLanes floats: high0, low0, high1, low1, ...
+inline void store_interleaved(float* p, Vec high, Vec low) {
+  PK_EACH_LANE {
+    p[2 * i] = high.lane[i];
+    p[2 * i + 1] = low.lane[i];
+  }
+}
+
+// Byte j of each of kTransposedRows rows, for 16 bytes a row; `widen` takes kLanes rows of one column.
+inline constexpr int kTransposedRows = 8;
+struct ByteColumns {
+  uint8_t column[16][kTransposedRows];
+};
+inline ByteColumns load_transposed(const uint8_t* const (&row)[kTransposedRows], int64_t offset) {
+  ByteColumns b;
+  for (int i = 0; i < kTransposedRows; ++i) {
+    for (int j = 0; j < 16; ++j) b.column[j][i] = row[i][offset + j];
+  }
+  return b;
+}
+inline Bytes widen(const ByteColumns& b, int column, int first_row) { return load_bytes(b.column[column] + first_row); }
+
+inline void prefetch(const void*) {}
+
+// Bit j is set iff dropout keeps element 4 * group + j, for 64 elements (16 counters).
+inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
+  uint64_t keep = 0;
+  for (int g = 0; g < 16; ++g) {
+    const uint64_t c = group + static_cast<uint64_t>(g);
+    const PhiloxWords out = philox4x32({{static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), 0, 0}},
+                                       static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    for (int w = 0; w < 4; ++w) keep |= static_cast<uint64_t>(out.word[w] >= threshold) << (4 * g + w);
+  }
+  return keep;
+}
+// Lanes whose bit is set times s, 0 elsewhere (also for NaN and inf).
+inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) {
+  PK_EACH_LANE v.lane[i] = (bits >> i & 1) ? v.lane[i] * s.lane[i] : 0.0f;
+  return v;
+}
+#undef PK_EACH_LANE
+
+}  // namespace peft_kernels::cpu::portable

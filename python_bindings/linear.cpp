@@ -1,0 +1,197 @@
+// adapted_linear and adapted_linear_backward for CPU tensors; schemas in peft_kernels/ops/linear/schema.py. A dense
+// weight's product is the vendor GEMM's, through torch; our kernels add the rest to it.
+#include <array>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace peft_kernels::bindings {
+namespace {
+
+// a @ b by torch's GEMM. The out variant: autocast leaves it alone, and the operands are detached because it refuses
+// tensors that require grad.
+Tensor vendor_matmul(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const auto detach = [](const Tensor& t) {
+    std::array<StableIValue, 1> stack{from(t)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  };
+  Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
+  std::array<StableIValue, 3> stack{from(detach(a)), from(detach(b)), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b) {  // a * b in a's dtype
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 2> stack{from(a), from(torch::stable::to(b, a.scalar_type()))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+// What forward and backward share: contiguous inputs, checked against M, K and N.
+struct Operands {
+  int64_t tokens, in_features, out_features;
+  Tensor x;
+  std::optional<NF4Tensors> nf4;
+  Tensor dense_weight;  // where nf4 is absent
+  OptionalTensor lora_a, lora_b, column_scale, input_scale;
+  cpu::LowRank lowrank;
+
+  Operands(const Tensor& x_, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+           const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
+           int64_t blocksize, int64_t out_features_, const OptionalTensor& lora_a_, const OptionalTensor& lora_b_,
+           double scaling, const OptionalTensor& column_scale_, const OptionalTensor& input_scale_, double dropout_p,
+           const OptionalTensor& seed)
+      : out_features(out_features_),
+        x(as_contiguous(x_)),
+        lora_a(as_contiguous(lora_a_)),
+        lora_b(as_contiguous(lora_b_)),
+        column_scale(as_contiguous(column_scale_)),
+        input_scale(as_contiguous(input_scale_)) {
+    STD_TORCH_CHECK(x.dim() == 2, "x must be [M, K], got ", shape_of(x));
+    tokens = x.size(0);
+    in_features = x.size(1);
+    check_shape("x", x, {tokens, in_features});
+    STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features,
+                    ", ", in_features, "]");
+    if (absmax) {
+      nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                  out_features * in_features);
+    } else {
+      check_shape("weight", weight, {out_features, in_features});
+      check_dtype("weight", weight, x.scalar_type());
+      dense_weight = weight;
+    }
+    STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b must be given together");
+    if (lora_a) {
+      STD_TORCH_CHECK(lora_a->dim() == 2 && lora_a->size(0) > 0, "lora_a must be [r, K] with r > 0, got ",
+                      shape_of(*lora_a));
+      lowrank.rank = lora_a->size(0);
+      check_shape("lora_a", *lora_a, {lowrank.rank, in_features});
+      check_shape("lora_b", *lora_b, {out_features, lowrank.rank});
+      lowrank.a = array("lora_a", lora_a);
+      lowrank.b = array("lora_b", lora_b);
+      lowrank.scaling = static_cast<float>(scaling);
+      lowrank.dropout = make_dropout(dropout_p, seed);
+    }
+    if (column_scale) check_shape("column_scale", *column_scale, {out_features});
+    if (input_scale) check_shape("input_scale", *input_scale, {in_features});
+  }
+
+  // Writes the members that AdaptedLinear and AdaptedLinearBackward have in common.
+  template <class Problem>
+  void fill(Problem& p) const {
+    p.tokens = tokens;
+    p.in_features = in_features;
+    p.out_features = out_features;
+    p.x = array("x", x);
+    if (nf4) p.nf4 = nf4->weight;
+    p.lowrank = lowrank;
+    p.column_scale = array("column_scale", column_scale);
+    p.input_scale = array("input_scale", input_scale);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> adapted_linear(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
+    const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize, int64_t blocksize,
+    int64_t out_features, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
+    const OptionalTensor& column_scale, const OptionalTensor& input_scale, const OptionalTensor& bias_,
+    double dropout_p, const OptionalTensor& seed, bool save_preactivation) {
+  const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                    out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed);
+  const OptionalTensor bias = as_contiguous(bias_);
+  if (bias) check_shape("bias", *bias, {out_features});
+  const int64_t tokens = in.tokens, rank = in.lowrank.rank;
+  const ScalarType dtype = in.x.scalar_type();
+  Tensor y = empty(in.x, {tokens, out_features}, dtype);
+  Tensor u = rank ? empty(in.x, {tokens, rank}, ScalarType::Float) : empty(in.x, {0}, ScalarType::Float);
+  Tensor z = save_preactivation ? empty(in.x, {tokens, out_features}, dtype) : empty(in.x, {0}, dtype);
+
+  cpu::AdaptedLinear problem;
+  in.fill(problem);
+  problem.bias = array("bias", bias);
+  problem.y = output(y);
+  problem.u = static_cast<float*>(u.mutable_data_ptr());
+  if (save_preactivation) problem.z = output(z);
+  OptionalTensor base;
+  if (!in.nf4) {
+    const Tensor scaled = in.input_scale ? multiply(in.x, *in.input_scale) : in.x;
+    base = vendor_matmul(scaled, torch::stable::transpose(in.dense_weight, 0, 1));
+    problem.base = array("base", base);
+  }
+  cpu::kernels().adapted_linear(problem, torch_threads());
+  return {y, u, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
+    const Tensor& grad_, const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
+    const OptionalTensor& nested_absmax, const OptionalTensor& nested_code, const OptionalTensor& nested_offset,
+    int64_t nested_blocksize, int64_t blocksize, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+    double scaling, const OptionalTensor& column_scale, const OptionalTensor& input_scale, double dropout_p,
+    const OptionalTensor& seed, const OptionalTensor& u_, const OptionalTensor& z_, bool need_x, bool need_lora_a,
+    bool need_lora_b, bool need_column_scale, bool need_input_scale, bool need_bias) {
+  const Tensor grad = as_contiguous(grad_);
+  STD_TORCH_CHECK(grad.dim() == 2, "grad must be [M, N], got ", shape_of(grad));
+  const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                    grad.size(1), lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed);
+  const int64_t tokens = in.tokens, rank = in.lowrank.rank;
+  const ScalarType dtype = in.x.scalar_type();
+  check_shape("grad", grad, {tokens, in.out_features});
+  check_dtype("grad", grad, dtype);
+  const OptionalTensor u = as_contiguous(u_), z = as_contiguous(z_);
+
+  cpu::AdaptedLinearBackward problem;
+  in.fill(problem);
+  problem.grad = array("grad", grad);
+  // An output that is not asked for is an empty tensor of its parameter's dtype.
+  const auto gradient = [&](bool needed, const OptionalTensor& of, cpu::MutableArray& slot) {
+    Tensor t = needed ? torch::stable::new_empty(in.x, of->sizes(), of->scalar_type())
+                      : empty(in.x, {0}, of ? of->scalar_type() : dtype);
+    if (needed) slot = output(t);
+    return t;
+  };
+  if (need_lora_a || need_lora_b) {
+    STD_TORCH_CHECK(rank != 0, "need_lora_a and need_lora_b need lora_a and lora_b");
+  }
+  if (need_lora_b) {
+    STD_TORCH_CHECK(u.has_value(), "need_lora_b needs u, the forward's second output");
+    check_shape("u", *u, {tokens, rank});
+    check_dtype("u", *u, ScalarType::Float);
+    problem.u = static_cast<const float*>(u->const_data_ptr());
+  }
+  if (need_column_scale) {
+    STD_TORCH_CHECK(in.column_scale && z, "need_column_scale needs column_scale and z, the forward's third output");
+    check_shape("z", *z, {tokens, in.out_features});
+    problem.z = array("z", z);
+  }
+  STD_TORCH_CHECK(!need_input_scale || in.input_scale, "need_input_scale needs input_scale");
+  Tensor dx = gradient(need_x, in.x, problem.dx);
+  Tensor dlora_a = gradient(need_lora_a, in.lora_a, problem.dlora_a);
+  Tensor dlora_b = gradient(need_lora_b, in.lora_b, problem.dlora_b);
+  Tensor dcolumn_scale = gradient(need_column_scale, in.column_scale, problem.dcolumn_scale);
+  Tensor dinput_scale = gradient(need_input_scale, in.input_scale, problem.dinput_scale);
+  Tensor dbias = need_bias ? empty(grad, {in.out_features}, dtype) : empty(grad, {0}, dtype);
+  if (need_bias) problem.dbias = output(dbias);
+  OptionalTensor base;
+  if (!in.nf4 && (need_x || need_input_scale)) {
+    const Tensor dz = in.column_scale ? multiply(grad, *in.column_scale) : grad;
+    base = vendor_matmul(dz, in.dense_weight);
+    problem.base = array("base", base);
+  }
+  cpu::kernels().adapted_linear_backward(problem, torch_threads());
+  return {dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+  m.impl("adapted_linear", TORCH_BOX(&adapted_linear));
+  m.impl("adapted_linear_backward", TORCH_BOX(&adapted_linear_backward));
+}
+
+}  // namespace peft_kernels::bindings
