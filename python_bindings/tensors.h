@@ -1,5 +1,5 @@
-// From torch tensors to what the kernels take: checks with messages, then pointers. The only file that knows both sides'
-// types. Everything goes through torch's stable ABI, so one binary serves every torch from 2.10 on.
+// From torch tensors to what the kernels take: checks with messages, then pointers. The only file that knows both
+// sides' types. Everything goes through torch's stable ABI, so one binary serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

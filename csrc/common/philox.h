@@ -1,9 +1,10 @@
 // Philox4x32-10, a counter-based generator: word w of counter c under key k is a pure function of (c, k), so a dropout
-// mask never has to be stored. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3.
+// mask never has to be stored. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11,
+// section 3.3.
 //
-// Dropout uses counter (lo32(e / 4), hi32(e / 4), 0, 0), key (lo32(seed), hi32(seed)) and word e % 4 for the element with
-// row-major flat index e; the element is kept iff word >= threshold = floor(p * 2^32). The compare is on integers, so
-// every backend keeps the same elements.
+// Dropout uses counter (lo32(e / 4), hi32(e / 4), 0, 0), key (lo32(seed), hi32(seed)) and word e % 4 for the element
+// with row-major flat index e; the element is kept iff word >= threshold = floor(p * 2^32). The compare is on integers,
+// so every backend keeps the same elements.
 #pragma once
 
 #include <cstdint>

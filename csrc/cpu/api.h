@@ -88,7 +88,8 @@ struct AdaptedLinearBackward {
 
 struct Kernels {
   const char* name;  // of the instruction set
-  void (*nf4_quantize)(Array weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax, ThreadPool pool);
+  void (*nf4_quantize)(Array weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax,
+                       ThreadPool pool);
   void (*nf4_dequantize)(const NF4Weight& weight, int64_t count, MutableArray out, ThreadPool pool);
   void (*philox_dropout)(Array x, int64_t count, const Dropout& dropout, MutableArray out, ThreadPool pool);
   void (*adapted_linear)(const AdaptedLinear& problem, ThreadPool pool);

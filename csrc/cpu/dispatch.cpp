@@ -35,8 +35,8 @@ struct Available {
   Available() {
     add(portable::table("portable"));
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                      __builtin_cpu_supports("bmi2");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) add(avx2::table("avx2"));
@@ -55,8 +55,8 @@ const Kernels& choose() {
   if (forced == nullptr || *forced == '\0') return *available().tables[available().count - 1];
   const Kernels* table = kernels_named(forced);
   if (table == nullptr) {
-    throw std::invalid_argument("PEFT_KERNELS_CPU_CAPABILITY must be one of " + available().names + " on this machine, got " +
-                                forced + "; unset it to use the best");
+    throw std::invalid_argument("PEFT_KERNELS_CPU_CAPABILITY must be one of " + available().names +
+                                " on this machine, got " + forced + "; unset it to use the best");
   }
   return *table;
 }

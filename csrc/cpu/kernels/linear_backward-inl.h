@@ -21,8 +21,8 @@ void backward_du(const AdaptedLinearBackward& p, float* du, ThreadPool pool) {
     const int64_t m0 = task * kTokens, tokens = lesser(kTokens, p.tokens - m0);
     for (int64_t j0 = 0; j0 < rank; j0 += kBlockDepth) {
       const int64_t ranks = lesser(kBlockDepth, rank - j0), width = ceil_div(ranks, kPanelColumns) * kPanelColumns;
-      Slice scratch{task_scratch(static_cast<size_t>(slice_size(kTokens * kBlockDepth) + slice_size(kBlockDepth * width) +
-                                                     slice_size(kTokens * width)))};
+      Slice scratch{task_scratch(static_cast<size_t>(slice_size(kTokens * kBlockDepth) +
+                                                     slice_size(kBlockDepth * width) + slice_size(kTokens * width)))};
       float* a = scratch.take(kTokens * kBlockDepth);     // dz   [tokens, depth]
       float* panels = scratch.take(kBlockDepth * width);  // B    [width / P, depth, P]
       float* sums = scratch.take(kTokens * width);        // du   [tokens, width]
@@ -61,8 +61,8 @@ void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed,
   parallel(pool, ceil_div(p.out_features, block), [&](int64_t task) {
     const int64_t n0 = task * block, columns = lesser(block, p.out_features - n0);
     const int64_t width = ceil_div(columns, kPanelColumns) * kPanelColumns;
-    Slice scratch{task_scratch(static_cast<size_t>(slice_size(kBlockDepth * width) + slice_size(rank * width) +
-                                                   slice_size(rank)))};
+    Slice scratch{task_scratch(
+        static_cast<size_t>(slice_size(kBlockDepth * width) + slice_size(rank * width) + slice_size(rank)))};
     float* panels = scratch.take(kBlockDepth * width);  // dz   [width / P, tokens, P]
     float* sums = scratch.take(rank * width);           // dB^T [rank, width]
     float* db_row = scratch.take(rank);
@@ -105,9 +105,9 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
   parallel(pool, ceil_div(in_features, block), [&](int64_t task) {
     const int64_t k0 = task * block, inputs = lesser(block, in_features - k0);
     const int64_t width = ceil_div(inputs, kPanelColumns) * kPanelColumns;
-    Slice scratch{task_scratch(static_cast<size_t>(
-        slice_size(kBlockTokens * kBlockDepth) + slice_size(kBlockDepth * width) +
-        2 * slice_size(kBlockTokens * width) + slice_size(rank * width)))};
+    Slice scratch{
+        task_scratch(static_cast<size_t>(slice_size(kBlockTokens * kBlockDepth) + slice_size(kBlockDepth * width) +
+                                         2 * slice_size(kBlockTokens * width) + slice_size(rank * width)))};
     float* a = scratch.take(kBlockTokens * kBlockDepth);   // dz or du     [tokens, depth]
     float* panels = scratch.take(kBlockDepth * width);     // W or A or x  [width / P, depth, P]
     float* sums = scratch.take(kBlockTokens * width);      // dz W         [tokens, width]
@@ -167,9 +167,8 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
       fill_zero(da, rank * width);
       for (int64_t m0 = 0; m0 < p.tokens; m0 += kBlockDepth) {
         const int64_t tokens = lesser(kBlockDepth, p.tokens - m0);
-        pack_rows(tokens, inputs, panels, [&](int64_t t, float* r) {
-          load_dropped(p.lowrank, p.x, in_features, m0 + t, k0, inputs, r);
-        });
+        pack_rows(tokens, inputs, panels,
+                  [&](int64_t t, float* r) { load_dropped(p.lowrank, p.x, in_features, m0 + t, k0, inputs, r); });
         multiply_panels(du_transposed + m0 * rank, kBlockDepth, rank, panels, tokens, width, da);
       }
       for (int64_t j = 0; j < rank; ++j) store_row(da + j * width, inputs, p.dlora_a, j * in_features + k0);

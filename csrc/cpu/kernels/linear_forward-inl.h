@@ -3,8 +3,8 @@
 // and used by a block of tokens). The order in which one output element is summed depends on shapes only, never on the
 // number of threads.
 
-inline constexpr int64_t kGemvTokens = 8;        // the GEMV's limit
-inline constexpr int64_t kBlockTokens = 192;     // tokens that share a decoded panel; a multiple of every kTileRows
+inline constexpr int64_t kGemvTokens = 8;          // the GEMV's limit
+inline constexpr int64_t kBlockTokens = 192;       // tokens that share a decoded panel; a multiple of every kTileRows
 inline constexpr int64_t kMostBlockColumns = 128;  // output features that a task owns, at most
 
 // x[m, k0 .. k0 + count) in fp32 with dropout applied, for the low-rank branch.
@@ -51,7 +51,8 @@ void lowrank_down(const AdaptedLinear& p, ThreadPool pool) {
     fill_zero(u, tokens * rank);
     for (int64_t k0 = 0; k0 < p.in_features; k0 += kChunk) {
       const int64_t count = lesser(kChunk, p.in_features - k0);
-      for (int64_t t = 0; t < tokens; ++t) load_dropped(p.lowrank, p.x, p.in_features, m0 + t, k0, count, x + t * kChunk);
+      for (int64_t t = 0; t < tokens; ++t)
+        load_dropped(p.lowrank, p.x, p.in_features, m0 + t, k0, count, x + t * kChunk);
       for (int64_t j = 0; j < rank; j += 4) {
         const int64_t ranks = lesser(4, rank - j);
         const float* a[4];
@@ -61,7 +62,8 @@ void lowrank_down(const AdaptedLinear& p, ThreadPool pool) {
         if (ranks == 4 && tokens == kTokens) {
           multiply_dots<kTokens, 4>(x, kChunk, a, count, u + j, rank);
         } else if (ranks == 4) {
-          for (int64_t t = 0; t < tokens; ++t) multiply_dots<1, 4>(x + t * kChunk, kChunk, a, count, u + t * rank + j, rank);
+          for (int64_t t = 0; t < tokens; ++t)
+            multiply_dots<1, 4>(x + t * kChunk, kChunk, a, count, u + t * rank + j, rank);
         } else {
           for (int64_t t = 0; t < tokens; ++t) {
             for (int64_t i = 0; i < ranks; ++i) {

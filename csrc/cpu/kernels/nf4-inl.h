@@ -11,7 +11,8 @@ void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
     const int64_t group = (first + i) >> w.nested_blocksize_log2;
     const int64_t end = lesser(((group + 1) << w.nested_blocksize_log2) - first, count);
     const float scale = w.nested_absmax[group];
-    for (; i < end; ++i) dst[i] = w.nested_code[codes[i]] * scale + w.nested_offset;  // -ffp-contract=off: two roundings
+    for (; i < end; ++i)
+      dst[i] = w.nested_code[codes[i]] * scale + w.nested_offset;  // -ffp-contract=off: two roundings
   }
 }
 
@@ -128,7 +129,8 @@ void decode_panels_by_input(const NF4Weight& w, int64_t in_features, int64_t n0,
     decode_run(w, (n0 + n) * in_features + k0, width, row);
     fill_zero(row + width, ceil_div(width, kPanelColumns) * kPanelColumns - width);
     for (int64_t k = 0; k < width; k += kPanelColumns) {
-      for (int i = 0; i < kPanelColumns; ++i) panels[(k / kPanelColumns) * panel_size + n * kPanelColumns + i] = row[k + i];
+      for (int i = 0; i < kPanelColumns; ++i)
+        panels[(k / kPanelColumns) * panel_size + n * kPanelColumns + i] = row[k + i];
     }
   }
 }

@@ -14,7 +14,7 @@ namespace {
 }  // namespace
 
 const Kernels* table(const char* name) {
-  static const Kernels kernels{name, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear,
-                               adapted_linear_backward};
+  static const Kernels kernels{name,           nf4_quantize,   nf4_dequantize,
+                               philox_dropout, adapted_linear, adapted_linear_backward};
   return &kernels;
 }

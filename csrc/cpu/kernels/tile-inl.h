@@ -33,7 +33,8 @@ void multiply_remainder(int64_t rows, const float* a, int64_t lda, const float* 
 void multiply_panel(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
                     int64_t ldc) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) multiply_tile<kTileRows>(a + i * lda, lda, panel, depth, c + i * ldc, ldc);
+  for (; i + kTileRows <= rows; i += kTileRows)
+    multiply_tile<kTileRows>(a + i * lda, lda, panel, depth, c + i * ldc, ldc);
   multiply_remainder<kTileRows - 1>(rows - i, a + i * lda, lda, panel, depth, c + i * ldc, ldc);
 }
 

@@ -30,9 +30,12 @@ inline Vec load_bf16(const uint16_t* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-inline Vec load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void store_bf16(uint16_t* p, Vec v) {
-  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(v),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   rounded = _mm256_srli_epi32(rounded, 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
@@ -57,9 +60,7 @@ struct Table {
 };
 using Bytes = __m256i;
 inline Table load_table(const float* p) { return {{load(p), load(p + 8)}}; }
-inline Table scale(Table t, float s) {
-  return {{mul(t.entry[0], broadcast(s)), mul(t.entry[1], broadcast(s))}};
-}
+inline Table scale(Table t, float s) { return {{mul(t.entry[0], broadcast(s)), mul(t.entry[1], broadcast(s))}}; }
 inline Bytes load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -68,7 +69,9 @@ inline Vec look_up(const Table& t, __m256i index, __m256i half) {
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.entry[0], index), _mm256_permutevar8x32_ps(t.entry[1], index),
                           _mm256_castsi256_ps(half));
 }
-inline Vec look_up_high(const Table& t, Bytes b) { return look_up(t, _mm256_srli_epi32(b, 4), _mm256_slli_epi32(b, 24)); }
+inline Vec look_up_high(const Table& t, Bytes b) {
+  return look_up(t, _mm256_srli_epi32(b, 4), _mm256_slli_epi32(b, 24));
+}
 inline Vec look_up_low(const Table& t, Bytes b) { return look_up(t, b, _mm256_slli_epi32(b, 28)); }
 inline void store_interleaved(float* p, Vec high, Vec low) {
   const Vec a = _mm256_unpacklo_ps(high, low), b = _mm256_unpackhi_ps(high, low);
@@ -98,7 +101,8 @@ inline uint64_t philox_keep_eight(uint64_t group, uint64_t seed, uint32_t thresh
   __m256i c0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(counter_low));
   __m256i c1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(counter_high));
   __m256i c2 = _mm256_setzero_si256(), c3 = c2;
-  const __m256i m0 = _mm256_set1_epi32(static_cast<int>(kPhiloxM0)), m1 = _mm256_set1_epi32(static_cast<int>(kPhiloxM1));
+  const __m256i m0 = _mm256_set1_epi32(static_cast<int>(kPhiloxM0)),
+                m1 = _mm256_set1_epi32(static_cast<int>(kPhiloxM1));
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxW0, key1 += kPhiloxW1) {
     __m256i low0, high0, low1, high1;

@@ -36,7 +36,8 @@ inline Vec load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store_bf16(uint16_t* p, Vec v) {
-  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   rounded = _mm512_srli_epi32(rounded, 16);
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
@@ -88,7 +89,8 @@ inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
   const __mmask16 carry = _mm512_cmplt_epu32_mask(c0, base);
   __m512i c1 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(group >> 32)));
   c1 = _mm512_mask_add_epi32(c1, carry, c1, _mm512_set1_epi32(1));
-  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxM0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxM1));
+  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxM0)),
+                m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxM1));
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxW0, key1 += kPhiloxW1) {
     __m512i low0, high0, low1, high1;
@@ -106,8 +108,6 @@ inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
          _pdep_u64(_mm512_cmpge_epu32_mask(c2, t), kEveryFourth << 2) |
          _pdep_u64(_mm512_cmpge_epu32_mask(c3, t), kEveryFourth << 3);
 }
-inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) {
-  return _mm512_maskz_mul_ps(static_cast<__mmask16>(bits), v, s);
-}
+inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) { return _mm512_maskz_mul_ps(static_cast<__mmask16>(bits), v, s); }
 
 }  // namespace peft_kernels::cpu::avx512
