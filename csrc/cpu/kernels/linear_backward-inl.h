@@ -5,6 +5,7 @@
 // As in the forward, no sum's order depends on the number of threads. W is never held but for one block of panels.
 
 inline constexpr int64_t kMostBlockInputs = kBlockDepth;  // input features that a task owns, at most
+inline constexpr int64_t kGemvByInputTokens = 4;          // the limit of the look-up GEMV; from 5 on panels are faster
 
 // grad[m, n0 .. n0 + count) * column_scale in fp32; column_scale is those features' values, or null.
 void load_dz(const AdaptedLinearBackward& p, int64_t m, int64_t n0, int64_t count, const float* column_scale,
@@ -95,8 +96,70 @@ void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed,
   });
 }
 
-// dx, dA and d input_scale; tasks own input features and go through all tokens.
-void backward_inputs(const AdaptedLinearBackward& p, const float* du, const float* du_transposed, ThreadPool pool) {
+// --- few tokens: W is looked up straight into the accumulation, as in the forward's GEMV
+// -------------------------------
+
+// sums[t * lds + k] = sum_n dz[t][n] W[n][k0 + k] for kPanels * kPanelColumns input features; lanes run along k, even
+// and odd k apart (the nibbles' order) until the end.
+template <int kTokens, int kPanels>
+void gemv_by_input(const NF4Weight& w, int64_t in_features, int64_t out_features, const float* dz, int64_t k0,
+                   float* sums, int64_t lds) {
+  const Table code = load_table(kNF4Code);
+  Vec even[kTokens][kPanels], odd[kTokens][kPanels];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kPanels; ++i) even[t][i] = odd[t][i] = zero();
+  }
+  const int64_t row_bytes = in_features >> 1;
+  for (int64_t n = 0; n < out_features; ++n) {
+    const int64_t element = n * in_features + k0;
+    const uint8_t* bytes = w.packed + (element >> 1);
+    prefetch(bytes + 24 * row_bytes);
+    int64_t block = -1;
+    Table table = code;
+    for (int i = 0; i < kPanels; ++i) {
+      if (const int64_t next = (element + i * kPanelColumns) >> w.blocksize_log2; next != block) {
+        block = next;
+        float scale_of_block = 0.0f;
+        load_scales(w, block, 1, &scale_of_block);
+        table = scale(code, scale_of_block);
+      }
+      const Bytes b = load_bytes(bytes + i * kLanes);
+      const Vec high = look_up_high(table, b), low = look_up_low(table, b);
+      for (int t = 0; t < kTokens; ++t) {
+        const Vec s = broadcast(dz[t * out_features + n]);
+        even[t][i] = fmadd(s, high, even[t][i]);
+        odd[t][i] = fmadd(s, low, odd[t][i]);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kPanels; ++i) store_interleaved(sums + t * lds + i * kPanelColumns, even[t][i], odd[t][i]);
+  }
+}
+
+template <int kTokens>
+void gemv_by_inputs(int64_t tokens, const NF4Weight& w, int64_t in_features, int64_t out_features, const float* dz,
+                    int64_t k0, int64_t width, float* sums) {
+  if constexpr (kTokens > 0) {
+    if (tokens != kTokens) {
+      return gemv_by_inputs<kTokens - 1>(tokens, w, in_features, out_features, dz, k0, width, sums);
+    }
+    constexpr int kPanels = kAccumulators / 2 / kTokens >= 4 ? 4 : (kAccumulators / 2 / kTokens >= 2 ? 2 : 1);
+    constexpr int64_t kStep = kPanels * kPanelColumns;
+    int64_t k = 0;
+    for (; k + kStep <= width; k += kStep) {
+      gemv_by_input<kTokens, kPanels>(w, in_features, out_features, dz, k0 + k, sums + k, width);
+    }
+    for (; k < width; k += kPanelColumns) {
+      gemv_by_input<kTokens, 1>(w, in_features, out_features, dz, k0 + k, sums + k, width);
+    }
+  }
+}
+
+// dx, dA and d input_scale; tasks own input features and go through all tokens. `few_dz` is dz [M, N] where the tokens
+// are few enough for the GEMV, else null.
+void backward_inputs(const AdaptedLinearBackward& p, const float* du, const float* du_transposed, const float* few_dz,
+                     ThreadPool pool) {
   const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
   const int64_t block = block_columns(in_features, kMostBlockInputs);
   const bool through_weight = p.dx || p.dinput_scale;
@@ -123,15 +186,19 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
           load_row(p.base, (m0 + t) * in_features + k0, inputs, sums + t * width);
           fill_zero(sums + t * width + inputs, width - inputs);
         }
+      } else if (few_dz != nullptr) {
+        gemv_by_inputs<kGemvByInputTokens>(tokens, p.nf4, in_features, out_features, few_dz, k0, width, sums);
       } else {
         fill_zero(sums, tokens * width);
         for (int64_t n0 = 0; n0 < out_features; n0 += kBlockDepth) {
           const int64_t depth = lesser(kBlockDepth, out_features - n0);
-          decode_panels_by_input(p.nf4, in_features, n0, depth, k0, inputs, panels);
           float column_buffer[kBlockDepth];
           const float* column_scale = optional_as_float(p.column_scale, n0, depth, column_buffer);
           for (int64_t t = 0; t < tokens; ++t) load_dz(p, m0 + t, n0, depth, column_scale, a + t * kBlockDepth);
-          multiply_panels(a, kBlockDepth, tokens, panels, depth, width, sums);
+          for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
+            decode_panel_by_input(p.nf4, in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j), panels);
+            multiply_panel(a, kBlockDepth, tokens, panels, depth, sums + j, width);
+          }
         }
       }
       if (p.dinput_scale) {
@@ -178,13 +245,15 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
 
 void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
   const int64_t rank = p.lowrank.rank;
-  const bool need_du = rank != 0 && (p.dx || p.dlora_a);
-  const int64_t transposed = transposed_size(p.tokens, rank);
-  Slice caller{caller_scratch(static_cast<size_t>(slice_size(p.tokens * rank) + 2 * transposed))};
+  const bool few = !p.base && p.tokens <= kGemvByInputTokens && rows_are_whole_blocks(p.nf4, p.in_features);
+  const int64_t transposed = transposed_size(p.tokens, rank),
+                few_size = few ? slice_size(p.tokens * p.out_features) : 0;
+  Slice caller{caller_scratch(
+      static_cast<size_t>(slice_size(p.tokens * rank) + 2 * transposed + few_size + slice_size(p.out_features)))};
   float* du = caller.take(p.tokens * rank);
   float* du_transposed = caller.take(transposed);
   float* u_transposed = caller.take(transposed);
-  if (need_du) {
+  if (rank != 0 && (p.dx || p.dlora_a)) {
     backward_du(p, du, pool);
     if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed);
   }
@@ -192,5 +261,14 @@ void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
     if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed);
     backward_outputs(p, u_transposed, pool);
   }
-  if (p.dx || p.dlora_a || p.dinput_scale) backward_inputs(p, du, du_transposed, pool);
+  if (p.dx || p.dlora_a || p.dinput_scale) {
+    float* few_dz = nullptr;
+    if (few) {
+      few_dz = caller.take(few_size);
+      const float* column_scale = optional_as_float(p.column_scale, 0, p.out_features, caller.take(p.out_features));
+      for (int64_t m = 0; m < p.tokens; ++m)
+        load_dz(p, m, 0, p.out_features, column_scale, few_dz + m * p.out_features);
+    }
+    backward_inputs(p, du, du_transposed, few_dz, pool);
+  }
 }

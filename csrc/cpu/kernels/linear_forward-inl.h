@@ -3,7 +3,7 @@
 // and used by a block of tokens). The order in which one output element is summed depends on shapes only, never on the
 // number of threads.
 
-inline constexpr int64_t kGemvTokens = 8;          // the GEMV's limit
+inline constexpr int64_t kGemvTokens = 6;          // the GEMV's limit
 inline constexpr int64_t kBlockTokens = 192;       // tokens that share a decoded panel; a multiple of every kTileRows
 inline constexpr int64_t kMostBlockColumns = 128;  // output features that a task owns, at most
 
@@ -232,17 +232,16 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
       fill_zero(sums, tokens * width);
       for (int64_t k0 = 0; k0 < in_features; k0 += kBlockDepth) {
         const int64_t depth = lesser(kBlockDepth, in_features - k0);
-        for (int64_t j = 0; j < width; j += kPanelColumns) {
-          decode_panel_by_output(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth,
-                                 panels + j * depth);
-        }
         float scale_buffer[kBlockDepth];
         const float* input_scale = optional_as_float(p.input_scale, k0, depth, scale_buffer);
         for (int64_t t = 0; t < tokens; ++t) {
           load_row(p.x, (m0 + t) * in_features + k0, depth, a + t * kBlockDepth);
           if (input_scale != nullptr) multiply_row(a + t * kBlockDepth, input_scale, depth);
         }
-        multiply_panels(a, kBlockDepth, tokens, panels, depth, width, sums);
+        for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
+          decode_panel_by_output(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, panels);
+          multiply_panel(a, kBlockDepth, tokens, panels, depth, sums + j, width);
+        }
       }
     }
 

@@ -51,41 +51,50 @@ inline bool rows_are_whole_blocks(const NF4Weight& w, int64_t in_features) {
 inline constexpr int kPanelColumns = 2 * kLanes;
 inline constexpr int64_t kBlockDepth = 256;  // reduction elements that a panel spans; a multiple of every kPanelColumns
 
+// Weights 8 c .. 8 c + 7 of kLanes rows, from their words, to eight panel rows. A byte's high nibble is the even
+// weight.
+template <class Word>
+inline void store_word(const Table& code, const Word& words, Vec scale_of_row, float* out) {
+  const auto put = [&](int k, Vec level) { store(out + k * kPanelColumns, mul(level, scale_of_row)); };
+  put(0, look_up_shifted<4>(code, words));
+  put(1, look_up_shifted<0>(code, words));
+  put(2, look_up_shifted<12>(code, words));
+  put(3, look_up_shifted<8>(code, words));
+  put(4, look_up_shifted<20>(code, words));
+  put(5, look_up_shifted<16>(code, words));
+  put(6, look_up_shifted<28>(code, words));
+  put(7, look_up_shifted<24>(code, words));
+}
+
 // The panels of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns, zero from `columns` on.
-// W is transposed as bytes (a quarter of the data), then looked up with lanes = output features.
+// W is transposed while it is packed (an eighth of the data), then looked up with lanes = output features.
 void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t columns, int64_t k0,
                             int64_t depth, float* panel) {
   if (rows_are_whole_blocks(w, in_features)) {
-    // One block's scale serves `unit` consecutive k: the blocksize, or the panel's whole depth where blocks are larger.
-    const int64_t unit = lesser(int64_t{1} << w.blocksize_log2, depth), units = ceil_div(depth, unit);
-    float scales[kTransposedRows][kBlockDepth / 32];  // [row, unit]; 32 is the least blocksize
-    float scale_of_row[kTransposedRows];
+    constexpr int64_t kWord = 8;  // weights
+    const int64_t blocks =
+        ceil_div(depth, int64_t{1} << w.blocksize_log2);  // k0 starts a block, or the block is larger
     const Table code = load_table(kNF4Code);
-    for (int64_t first = 0; first < kPanelColumns; first += kTransposedRows) {
-      const uint8_t* row[kTransposedRows];
-      for (int64_t i = 0; i < kTransposedRows; ++i) {
+    for (int64_t first = 0; first < kPanelColumns; first += kLanes) {
+      const uint8_t* row[kLanes];
+      float scales[kBlockDepth / 32][kLanes] = {};  // [block, row]; 32 is the least blocksize
+      for (int64_t i = 0; i < kLanes; ++i) {
         const bool present = first + i < columns;
         const int64_t element = (n0 + (present ? first + i : 0)) * in_features + k0;
         row[i] = w.packed + (element >> 1);
-        if (present) {
-          load_scales(w, element >> w.blocksize_log2, units, scales[i]);
-        } else {
-          fill_zero(scales[i], units);
-        }
+        prefetch(row[i] + kBlockDepth / 2);  // the next block of k, which is due when this one's panels are done
+        prefetch(row[i] + kBlockDepth / 2 + 64);
+        if (!present) continue;
+        float of_row[kBlockDepth / 32];
+        load_scales(w, element >> w.blocksize_log2, blocks, of_row);
+        for (int64_t block = 0; block < blocks; ++block) scales[block][i] = of_row[block];
       }
-      for (int64_t u = 0; u < units; ++u) {
-        for (int i = 0; i < kTransposedRows; ++i) scale_of_row[i] = scales[i][u];
-        for (int64_t k = u * unit; k < lesser((u + 1) * unit, depth); k += 32) {
-          const ByteColumns bytes = load_transposed(row, k / 2);
-          float* out = panel + k * kPanelColumns + first;
-          for (int j = 0; j < 16; ++j, out += 2 * kPanelColumns) {
-            for (int i = 0; i < kTransposedRows; i += kLanes) {
-              const Bytes b = widen(bytes, j, i);
-              const Vec s = load(scale_of_row + i);
-              store(out + i, mul(look_up_high(code, b), s));
-              store(out + kPanelColumns + i, mul(look_up_low(code, b), s));
-            }
-          }
+      float* out = panel + first;
+      for (int64_t k = 0; k < depth; k += kLanes * kWord) {
+        const int64_t words = lesser(kLanes, (depth - k) / kWord);
+        const Words w32 = load_transposed(row, k / 2, words);
+        for (int64_t c = 0; c < words; ++c, out += kWord * kPanelColumns) {
+          store_word(code, w32.column[c], load(scales[(k + c * kWord) >> w.blocksize_log2]), out);
         }
       }
     }
@@ -102,36 +111,27 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
   }
 }
 
-// The panels of the input gradient, for `width` <= kBlockDepth input features from k0 on:
-// panels[k / P][n][k % P] = W[n0 + n][k0 + k] with P = kPanelColumns; columns past `width` are zero.
-void decode_panels_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
-                            int64_t width, float* panels) {
-  const int64_t panel_size = rows * kPanelColumns;
-  if (rows_are_whole_blocks(w, in_features) && width % kPanelColumns == 0) {
+// The panels of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on.
+void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
+                           int64_t columns, float* panel) {
+  if (rows_are_whole_blocks(
+          w, in_features)) {  // then k0 is a multiple of kPanelColumns, and the panel's row is one block's
     const Table code = load_table(kNF4Code);
-    float scales[kBlockDepth / 32 + 1];
-    for (int64_t n = 0; n < rows; ++n) {
-      const int64_t element = (n0 + n) * in_features + k0, block = element >> w.blocksize_log2;
+    for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
+      const int64_t element = (n0 + n) * in_features + k0;
       const uint8_t* bytes = w.packed + (element >> 1);
-      prefetch(bytes + 8 * (in_features >> 1));
-      load_scales(w, block, ((element + width - 1) >> w.blocksize_log2) - block + 1, scales);
-      float* out = panels + n * kPanelColumns;
-      for (int64_t k = 0; k < width; k += kPanelColumns, out += panel_size) {
-        const Table table = scale(code, scales[((element + k) >> w.blocksize_log2) - block]);
-        const Bytes b = load_bytes(bytes + k / 2);
-        store_interleaved(out, look_up_high(table, b), look_up_low(table, b));
-      }
+      prefetch(bytes + 24 * (in_features >> 1));
+      float scale_of_block = 0.0f;
+      load_scales(w, element >> w.blocksize_log2, 1, &scale_of_block);
+      const Table table = scale(code, scale_of_block);
+      const Bytes b = load_bytes(bytes);
+      store_interleaved(panel, look_up_high(table, b), look_up_low(table, b));
     }
     return;
   }
-  float row[kBlockDepth];
-  for (int64_t n = 0; n < rows; ++n) {
-    decode_run(w, (n0 + n) * in_features + k0, width, row);
-    fill_zero(row + width, ceil_div(width, kPanelColumns) * kPanelColumns - width);
-    for (int64_t k = 0; k < width; k += kPanelColumns) {
-      for (int i = 0; i < kPanelColumns; ++i)
-        panels[(k / kPanelColumns) * panel_size + n * kPanelColumns + i] = row[k + i];
-    }
+  for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
+    decode_run(w, (n0 + n) * in_features + k0, columns, panel);
+    fill_zero(panel + columns, kPanelColumns - columns);
   }
 }
 

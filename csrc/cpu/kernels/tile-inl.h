@@ -20,22 +20,23 @@ void multiply_tile(const float* a, int64_t lda, const float* panel, int64_t dept
   }
 }
 
-// The rows that are left after whole tiles, by a tile of just that many rows.
 template <int kRows>
-void multiply_remainder(int64_t rows, const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
-                        int64_t ldc) {
+void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
+                   int64_t ldc) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return multiply_tile<kRows>(a, lda, panel, depth, c, ldc);
-    multiply_remainder<kRows - 1>(rows, a, lda, panel, depth, c, ldc);
+    multiply_rows<kRows - 1>(rows, a, lda, panel, depth, c, ldc);
   }
 }
 
+// Any number of rows, in tiles of nearly equal height: a last tile of a few rows would wait for its own FMAs.
 void multiply_panel(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
                     int64_t ldc) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    multiply_tile<kTileRows>(a + i * lda, lda, panel, depth, c + i * ldc, ldc);
-  multiply_remainder<kTileRows - 1>(rows - i, a + i * lda, lda, panel, depth, c + i * ldc, ldc);
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
+    multiply_rows<kTileRows>(last - first, a + first * lda, lda, panel, depth, c + first * ldc, ldc);
+  }
 }
 
 // The same over panels that lie one after the other: c has `width` columns, a multiple of kPanelColumns.

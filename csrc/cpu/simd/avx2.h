@@ -1,9 +1,12 @@
 // Eight lanes: AVX2, FMA, F16C, BMI2. The meaning of each operation is in portable.h.
 #pragma once
 
+#include <immintrin.h>
+
+#include <cstdint>
+
 #include "../../common/float_convert.h"
 #include "../../common/philox.h"
-#include "x86.h"
 
 namespace peft_kernels::cpu::avx2 {
 
@@ -79,9 +82,35 @@ inline void store_interleaved(float* p, Vec high, Vec low) {
   store(p + kLanes, _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-inline constexpr int kTransposedRows = 16;  // rows that load_transposed takes
-inline Bytes widen(const ByteColumns& b, int column, int first_row) {
-  return _mm256_cvtepu8_epi32(first_row == 0 ? b.column[column] : _mm_srli_si128(b.column[column], 8));
+struct Words {
+  __m256i column[kLanes];
+};
+// An 8 x 8 transpose of 32-bit words: 24 shuffles for 512 weights.
+inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset, int64_t words) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i present = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(words)), lane);
+  __m256i a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; ++i) a[i] = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[i] + offset), present);
+  for (int i = 0; i < kLanes; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4) {  // a[i + j]: word j of each 128-bit half, of rows i .. i + 3
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  Words w;
+  for (int j = 0; j < 4; ++j) {
+    w.column[j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+    w.column[4 + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+  }
+  return w;
+}
+template <int kShift>
+inline Vec look_up_shifted(const Table& t, __m256i words) {
+  return look_up(t, _mm256_srli_epi32(words, kShift), _mm256_slli_epi32(words, 28 - kShift));
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

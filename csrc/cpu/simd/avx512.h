@@ -1,6 +1,10 @@
 // Sixteen lanes: AVX-512 F, BW, VL, DQ (and BMI2). The meaning of each operation is in portable.h.
 #pragma once
 
+#include <immintrin.h>
+
+#include <cstdint>
+
 // GCC 12's own AVX-512 headers leave don't-care operands uninitialised and warn about it where they are inlined.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -9,7 +13,6 @@
 
 #include "../../common/float_convert.h"
 #include "../../common/philox.h"
-#include "x86.h"
 
 namespace peft_kernels::cpu::avx512 {
 
@@ -71,8 +74,41 @@ inline void store_interleaved(float* p, Vec high, Vec low) {
   store(p + kLanes, _mm512_permutex2var_ps(high, _mm512_add_epi32(first, _mm512_set1_epi32(8)), low));
 }
 
-inline constexpr int kTransposedRows = 16;  // rows that load_transposed takes
-inline Bytes widen(const ByteColumns& b, int column, int) { return _mm512_cvtepu8_epi32(b.column[column]); }
+struct Words {
+  __m512i column[kLanes];
+};
+// A 16 x 16 transpose of 32-bit words: 64 shuffles for 2,048 weights.
+inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset, int64_t words) {
+  const __mmask16 present = static_cast<__mmask16>((1u << words) - 1);
+  __m512i a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; ++i) a[i] = _mm512_maskz_loadu_epi32(present, row[i] + offset);
+  for (int i = 0; i < kLanes; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4) {  // a[i + j]: word j of each 128-bit quarter, of rows i .. i + 3
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  Words w;
+  for (int j = 0; j < 4; ++j) {  // a 4 x 4 transpose of quarters
+    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88),
+                  high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    w.column[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    w.column[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    w.column[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    w.column[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+  return w;
+}
+template <int kShift>
+inline Vec look_up_shifted(const Table& t, __m512i words) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), t.entry);
+}
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

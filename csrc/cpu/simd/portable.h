@@ -104,19 +104,27 @@ inline void store_interleaved(float* p, Vec high, Vec low) {
   }
 }
 
-// Byte j of each of kTransposedRows rows, for 16 bytes a row; `widen` takes kLanes rows of one column.
-inline constexpr int kTransposedRows = 8;
-struct ByteColumns {
-  uint8_t column[16][kTransposedRows];
+// column[c] holds, of each of kLanes rows, the c-th of up to kLanes 32-bit words (eight weights) from a byte offset on.
+struct Words {
+  uint32_t column[kLanes][kLanes];
 };
-inline ByteColumns load_transposed(const uint8_t* const (&row)[kTransposedRows], int64_t offset) {
-  ByteColumns b;
-  for (int i = 0; i < kTransposedRows; ++i) {
-    for (int j = 0; j < 16; ++j) b.column[j][i] = row[i][offset + j];
+inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset, int64_t words) {
+  Words w;
+  for (int64_t c = 0; c < words; ++c) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint8_t* p = row[i] + offset + 4 * c;
+      w.column[c][i] = p[0] | p[1] << 8 | p[2] << 16 | static_cast<uint32_t>(p[3]) << 24;
+    }
   }
-  return b;
+  return w;
 }
-inline Bytes widen(const ByteColumns& b, int column, int first_row) { return load_bytes(b.column[column] + first_row); }
+// Looks up the nibble that starts at bit kShift of each word.
+template <int kShift>
+inline Vec look_up_shifted(const Table& t, const uint32_t (&words)[kLanes]) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = t.entry[words[i] >> kShift & 15];
+  return r;
+}
 
 inline void prefetch(const void*) {}
 
