@@ -32,7 +32,8 @@ Tensor multiply(const Tensor& a, const Tensor& b) {  // a * b in a's dtype
   return to<Tensor>(stack[0]);
 }
 
-// What forward and backward share: contiguous inputs, checked against M, K and N.
+// What forward and backward share: contiguous inputs, checked against M, K and N. Where the values of x are not read
+// (`reads_x` is false), x may be a stand-in of any strides and is not copied.
 struct Operands {
   int64_t tokens, in_features, out_features;
   Tensor x;
@@ -45,9 +46,9 @@ struct Operands {
            const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
            int64_t blocksize, int64_t out_features_, const OptionalTensor& lora_a_, const OptionalTensor& lora_b_,
            double scaling, const OptionalTensor& column_scale_, const OptionalTensor& input_scale_, double dropout_p,
-           const OptionalTensor& seed)
+           const OptionalTensor& seed, bool reads_x)
       : out_features(out_features_),
-        x(as_contiguous(x_)),
+        x(reads_x ? as_contiguous(x_) : x_),
         lora_a(as_contiguous(lora_a_)),
         lora_b(as_contiguous(lora_b_)),
         column_scale(as_contiguous(column_scale_)),
@@ -103,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     const OptionalTensor& column_scale, const OptionalTensor& input_scale, const OptionalTensor& bias_,
     double dropout_p, const OptionalTensor& seed, bool save_preactivation) {
   const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                    out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed);
+                    out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed, true);
   const OptionalTensor bias = as_contiguous(bias_);
   if (bias) check_shape("bias", *bias, {out_features});
   const int64_t tokens = in.tokens, rank = in.lowrank.rank;
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   const Tensor grad = as_contiguous(grad_);
   STD_TORCH_CHECK(grad.dim() == 2, "grad must be [M, N], got ", shape_of(grad));
   const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                    grad.size(1), lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed);
+                    grad.size(1), lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed,
+                    need_lora_a || need_input_scale);
   const int64_t tokens = in.tokens, rank = in.lowrank.rank;
   const ScalarType dtype = in.x.scalar_type();
   check_shape("grad", grad, {tokens, in.out_features});
