@@ -1,0 +1,26 @@
+"""Fused kernels for parameter-efficient fine-tuning: LoRA and QLoRA layers, faster and in less memory.
+
+>>> import peft_kernels as pk
+>>> report = pk.replace_layers(model)  # a model with PEFT or bitsandbytes layers: same numbers, same keys
+>>> print(report)                      # per layer: fused or left alone, and why
+
+`pk.functional` has the ops, `pk.nn` the layers; `python -m peft_kernels` says what runs on this machine.
+"""
+
+from peft_kernels import functional, nn
+from peft_kernels.core.backend import use_backend
+from peft_kernels.ops.nf4.weight import NF4Weight
+from peft_kernels.surgery import explain, replace_layers, restore_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NF4Weight",
+    "__version__",
+    "explain",
+    "functional",
+    "nn",
+    "replace_layers",
+    "restore_layers",
+    "use_backend",
+]

@@ -1,0 +1,65 @@
+"""Gradient of the adapted linear: an autograd.Function around its two ops."""
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from peft_kernels.core.backend import resolve
+from peft_kernels.ops.linear.schema import ForwardArgs
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """Saves the caller's own x, u [M, r] and z [M, N], each only if a gradient that is wanted needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """`ForwardArgs`, but for x [..., K], to y [..., N]."""
+        args, need = ForwardArgs(x, *rest), ForwardArgs(*ctx.needs_input_grad)
+        y, u, z = resolve("adapted_linear", x)(flatten(x), *rest, need.column_scale)
+        ctx.save_for_backward(
+            x if need.lora_a or need.input_scale else None,
+            *args.base[:5],
+            args.lora_a,
+            args.lora_b,
+            args.column_scale,
+            args.input_scale,
+            args.seed,
+            u if need.lora_b else None,
+            z if need.column_scale else None,
+        )
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.blocksizes = args.base[5:]
+        ctx.scaling, ctx.dropout_p = args.scaling, args.dropout_p
+        ctx.bias_dtype = None if args.bias is None else args.bias.dtype
+        out: torch.Tensor = y.reshape(*x.shape[:-1], args.out_features)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """grad [..., N] to one gradient, or None, for each argument of `forward`."""
+        x, *base, lora_a, lora_b, column_scale, input_scale, seed, u, z = ctx.saved_tensors
+        if x is None:  # its values are not needed: a stand-in without memory carries its shape and dtype
+            x = grad.new_empty((), dtype=ctx.x_dtype).expand(ctx.x_shape)
+        need = ForwardArgs(*ctx.needs_input_grad)
+        needs = (need.x, need.lora_a, need.lora_b, need.column_scale, need.input_scale, need.bias)
+        gradients = resolve("adapted_linear_backward", grad)(
+            *(flatten(grad), flatten(x), *base, *ctx.blocksizes),
+            *(lora_a, lora_b, ctx.scaling, column_scale, input_scale, ctx.dropout_p, seed, u, z, *needs),
+        )
+        dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias = (
+            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+        )
+        if dx is not None:
+            dx = dx.reshape(ctx.x_shape)
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias_dtype)
+        no_base = (None,) * 8  # weight … out_features
+        return dx, *no_base, dlora_a, dlora_b, None, dcolumn_scale, dinput_scale, dbias, None, None
+
+
+def flatten(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K]; a view where the strides allow it."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,0 +1,215 @@
+"""Public calls of the adapted linear and of its common special cases."""
+
+import torch
+
+from peft_kernels.core.backend import resolve
+from peft_kernels.ops.dropout.functional import as_seed
+from peft_kernels.ops.linear.autograd import AdaptedLinear, flatten
+from peft_kernels.ops.linear.schema import ForwardArgs, check_adapted_linear
+from peft_kernels.ops.nf4.functional import require_nf4_weight
+from peft_kernels.ops.nf4.schema import BaseWeight
+from peft_kernels.ops.nf4.weight import NF4Weight
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Weight,
+    *,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0,
+    column_scale: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A frozen linear layer with any of: low-rank update, output scale, input scale, bias, dropout.
+
+        y = c * ((x * l_in) W^T + scaling * u B^T) + bias        u = D(x) A^T
+
+    with A = `lora_a`, B = `lora_b`, c = `column_scale`, l_in = `input_scale` and dropout D. Everything is
+    summed in fp32 and rounded once, to the dtype of `x`. Differentiable in x, lora_a, lora_b, column_scale,
+    input_scale and bias, once. The backward pass keeps `x` itself and u [M, r] (and z [M, N] only when
+    column_scale is trained): never a dense weight, a dropout mask or D(x).
+
+    Under autocast `x` and a dense `weight` are cast as torch.nn.functional.linear casts them; the adapter is
+    not.
+
+    Args:
+        x: [..., K]; float32, bfloat16, float16, or float64 (on the reference backend).
+        weight: frozen; `NF4Weight` of shape [N, K], or dense [N, K] of the dtype of `x`.
+        lora_a: [r, K]; float32 or the dtype of `x`. An fp32 adapter over bf16 `x` does not cast `x` up.
+        lora_b: [N, r], dtype of `lora_a`.
+        scaling: factor of the low-rank part, alpha/r for LoRA; a float, or a tensor with one element.
+        column_scale: [N]; float32 or the dtype of `x`.
+        input_scale: [K]; float32 or the dtype of `x`. Not applied to the low-rank part.
+        bias: [N]; float32 or the dtype of `x`. Not multiplied by `column_scale`.
+        dropout_p: dropout on the input of the low-rank part, in [0, 1); pass 0 when not training.
+        seed: int, or int64 0-dim tensor on the device of `x`; fixes the mask (`philox_dropout_mask` on the
+            [M, K] input). Drawn from torch's default generator when None and `dropout_p` > 0.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit (the message says which), or `weight`
+            requires a gradient.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, 2305.14314, equation 5; IA3, 2205.05638, section 3.3;
+    DoRA, 2402.09353, equation 5.
+    """
+    x, weight = _autocast(x, weight)
+    base, out_features = _base_weight(weight, x)
+    if isinstance(scaling, torch.Tensor):
+        lora_b, scaling = _fold_scaling(lora_b, scaling), 1.0
+    seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
+    rest = (*base, out_features, lora_a, lora_b, scaling, column_scale, input_scale, bias, dropout_p, seed)
+    args = ForwardArgs(flatten(x), *rest)
+    check_adapted_linear(args)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, lora_a, lora_b, column_scale, input_scale, bias)
+    ):
+        out: torch.Tensor = AdaptedLinear.apply(x, *rest)  # type: ignore[no-untyped-call]
+        return out
+    y: torch.Tensor = resolve("adapted_linear", x)(*args, False)[0]
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def nf4_linear(x: torch.Tensor, w: NF4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x W^T + bias with a frozen NF4 weight, which is never materialised.
+
+    Args:
+        x: [..., K]; float32, bfloat16 or float16.
+        w: shape [N, K].
+        bias: [N]; float32 or the dtype of `x`.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        TypeError: `w` is not an NF4Weight.
+        ValueError: see `adapted_linear`.
+
+    Source: QLoRA, arXiv 2305.14314, equation 5.
+    """
+    return adapted_linear(x, require_nf4_weight("w", w), bias=bias)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W^T + scaling * (D(x) A^T) B^T + bias: LoRA over a frozen dense weight.
+
+    Args:
+        x: [..., K].
+        weight: frozen, [N, K], dtype of `x`.
+        lora_a: [r, K]; float32 or the dtype of `x`.
+        lora_b: [N, r], dtype of `lora_a`.
+        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        bias: [N]; float32 or the dtype of `x`.
+        dropout_p: dropout on the input of the low-rank part, in [0, 1); pass 0 when not training.
+        seed: fixes the dropout mask; see `adapted_linear`.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        ValueError: see `adapted_linear`.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
+    """
+    return adapted_linear(
+        x, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, bias=bias, dropout_p=dropout_p, seed=seed
+    )
+
+
+def nf4_lora_linear(
+    x: torch.Tensor,
+    w: NF4Weight,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W^T + scaling * (D(x) A^T) B^T + bias: QLoRA, the base weight in NF4.
+
+    Args:
+        x: [..., K]; float32, bfloat16 or float16.
+        w: frozen, shape [N, K].
+        lora_a: [r, K]; float32 or the dtype of `x`.
+        lora_b: [N, r], dtype of `lora_a`.
+        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        bias: [N]; float32 or the dtype of `x`.
+        dropout_p: dropout on the input of the low-rank part, in [0, 1); pass 0 when not training.
+        seed: fixes the dropout mask; see `adapted_linear`.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        TypeError: `w` is not an NF4Weight.
+        ValueError: see `adapted_linear`.
+
+    Source: QLoRA, arXiv 2305.14314, equation 5.
+    """
+    return adapted_linear(
+        x,
+        require_nf4_weight("w", w),
+        lora_a=lora_a,
+        lora_b=lora_b,
+        scaling=scaling,
+        bias=bias,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+
+
+def _autocast(
+    x: torch.Tensor, weight: torch.Tensor | NF4Weight
+) -> tuple[torch.Tensor, torch.Tensor | NF4Weight]:
+    """x and a dense weight in the autocast dtype, where autocast is on; float64 is left alone."""
+    device_type = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x, weight  # (meta tensors have no autocast)
+    dtype = torch.get_autocast_dtype(device_type)
+    if isinstance(weight, torch.Tensor):
+        weight = weight.to(dtype)
+    return x.to(dtype), weight
+
+
+def _base_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> tuple[BaseWeight, int]:
+    """The weight's parts and out_features."""
+    if isinstance(weight, NF4Weight):
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight must be [N, K], got an NF4Weight of shape {list(weight.shape)}")
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
+        return weight.base_weight(), weight.shape[0]
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight must be frozen, got requires_grad=True; call weight.requires_grad_(False), "
+            "or use torch.nn.functional.linear to train it"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
+    return BaseWeight(weight, None, None, None, None, 0, 0), weight.shape[0]
+
+
+def _fold_scaling(lora_b: torch.Tensor | None, scaling: torch.Tensor) -> torch.Tensor | None:
+    """lora_b * scaling: gradients reach a scaling tensor, and no value is read back from the device."""
+    if scaling.numel() != 1:
+        raise ValueError(f"scaling must have one element, got {list(scaling.shape)}")
+    return None if lora_b is None else lora_b * scaling.reshape(()).to(lora_b.dtype)

@@ -1,0 +1,58 @@
+"""Fixtures for every test: one thread, a fixed seed, poisoned memory, and the choice of backend."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from peft_kernels.core.library import native_library
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors (pyproject.toml), but for those that torch causes itself."""
+    # Dynamo, on its way through any autograd.Function.
+    config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.:DeprecationWarning")  # importing inductor
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed() -> Iterator[None]:
+    """Tests share small machines, and each must pass alone as it does in the suite."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what torch.compile has compiled: its limit on recompilations counts over a whole process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill memory allocated without a value (torch.empty, in C++ too) with NaN, or the largest integer.
+
+    An element that a kernel forgets to write, or reads before it is written, then shows in the result.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory  # torch's default
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
+    """Run the test on the reference and on the native library, both over poisoned memory."""
+    if request.param == "native":
+        if not native_library().loaded:
+            pytest.skip(f"native library not loaded: {native_library().reason}")
+        yield "native"  # without use_backend: what users get
+    else:
+        with pk.use_backend("reference"):
+            yield "reference"
