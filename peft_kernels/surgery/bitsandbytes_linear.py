@@ -1,0 +1,178 @@
+"""bitsandbytes' `Linear4bit`: its product on the NF4 kernels."""
+
+import contextlib
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peft_kernels.functional import nf4_linear
+from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
+from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
+from peft_kernels.surgery.registry import FusedLayer, Status, handles
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """What the kernels take from a call of a `Linear4bit`."""
+
+    x: torch.Tensor  # in the layer's compute dtype
+    weight: NF4Weight
+    bias: torch.Tensor | None
+
+
+@handles("bitsandbytes.nn.modules:Linear4bit")
+class FusedLinear4bit(FusedLayer):
+    """`Linear4bit` in NF4: y = x W^T + bias, computed in `compute_dtype`, returned in the dtype of x.
+
+    As in bitsandbytes, `compute_dtype` is fixed by the first input if it was not given. Unlike there, it holds
+    under autocast too, the bytes are never rearranged in eval mode, which computes what training does, and
+    the bias parameter keeps its dtype.
+    """
+
+    @staticmethod
+    def status(layer: nn.Module) -> Status:
+        """Fused: the weight is NF4, quantised, and not sharded."""
+        parameter: Any = layer._parameters.get("weight")
+        reason = _unreadable(parameter)
+        if not reason:
+            try:
+                NF4Weight.from_bitsandbytes(parameter)
+            except ValueError as error:
+                reason = str(error)
+        return Status(not reason, reason)
+
+    def on_fused(self) -> None:
+        """Put rearranged bytes back into order now: a trace by torch.compile could not."""
+        nf4_weight(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Linear4bit's forward, fused where it can be."""
+        operands = nf4_operands(self, x)
+        if isinstance(operands, str):
+            stock: torch.Tensor = self.run_stock(operands, x)
+            return stock
+        with autocast_off(x):
+            y = nf4_linear(*operands)
+        self.ran_fused()
+        return y.to(x.dtype)
+
+
+def nf4_operands(layer: Any, x: torch.Tensor) -> Operands | str:
+    """The operands of the product of `layer` with x, or why it must be left to bitsandbytes."""
+    weight = nf4_weight(layer)
+    if isinstance(weight, str):
+        return weight
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}"
+    if x.device.type == "meta":
+        return "the input is on the meta device"
+    if x.shape[-1] != weight.shape[1]:
+        return f"the input has {x.shape[-1]} features, the weight is {list(weight.shape)}"
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    dtype = layer.compute_dtype or x.dtype
+    if dtype not in COMPUTE_DTYPES:
+        return f"the compute dtype is {dtype}"
+    bias = layer.bias
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    return Operands(x.to(dtype), weight, bias)
+
+
+def nf4_weight(layer: Any) -> NF4Weight | str:
+    """The weight of a `Linear4bit`, sharing its memory, or why it cannot be read."""
+    parameter = layer._parameters.get("weight")
+    reason = _unreadable(parameter)
+    if reason:
+        return reason
+    state = parameter.quant_state
+    if torch.compiler.is_compiling():
+        # Read the tensors in the trace: what was cached before it would be a constant to it.
+        return _wrap(parameter, state)
+    cached: _Cached | None = layer.__dict__.get("_nf4_cache")
+    if cached is None or not cached.is_of(parameter, state):
+        try:
+            weight = _wrap_checked(layer, parameter, state)
+        except ValueError as error:
+            return str(error)
+        layer.__dict__["_nf4_cache"] = cached = _Cached(
+            weight, parameter, parameter.data_ptr(), parameter.quant_state, parameter.quant_state.absmax
+        )
+    return cached.weight
+
+
+def _unreadable(parameter: Any) -> str:
+    """Why the parameter of a `Linear4bit` is not an NF4 weight, or ""."""
+    # Pickling a Params4bit leaves a Parameter that has its attributes.
+    if type(parameter) is not nn.Parameter and type(parameter).__name__ != "Params4bit":
+        return f"its weight is a {type(parameter).__name__}, not a Params4bit"
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return "its weight is not quantised yet"
+    return "" if state.quant_type == "nf4" else f"it is quantised to {state.quant_type}, not nf4"
+
+
+class _Cached(NamedTuple):
+    """A wrapped weight, and what it was made from."""
+
+    weight: NF4Weight
+    parameter: torch.Tensor
+    data_ptr: int  # of bytes that `weight` keeps alive, so no other tensor can come to lie there
+    state: Any
+    absmax: torch.Tensor
+
+    def is_of(self, parameter: torch.Tensor, state: Any) -> bool:
+        # A merge makes a new parameter; `.data = ` new bytes; moving a layer a new absmax in the old state.
+        return (
+            self.parameter is parameter
+            and self.state is state
+            and self.absmax is state.absmax
+            and self.data_ptr == parameter.data_ptr()
+        )
+
+
+def _wrap_checked(layer: Any, parameter: Any, state: Any) -> NF4Weight:
+    """Wrap the weight, putting it back into the standard layout first if bitsandbytes rearranged it.
+
+    bitsandbytes' eval forward on AVX512-BF16 CPUs rearranges the bytes and keeps only bf16 absmax. Its own
+    inverse leaves plain absmax transposed, so ours is written back; double quantisation is restored, for the
+    state_dict to keep its keys.
+
+    Raises:
+        ValueError: the weight is not in the NF4 format.
+    """
+    weight = NF4Weight.from_bitsandbytes(parameter, state)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight
+    if state.original_nested:
+        absmax, nested_absmax, code, offset = quantize_absmax(weight.absmax)
+        nested = NestedAbsmax(nested_absmax, code, offset, NESTED_BLOCKSIZE)
+        weight = replace(weight, absmax=absmax, nested=nested)
+    parameter.data, parameter.quant_state = weight.to_bitsandbytes()
+    layer.quant_state = parameter.quant_state
+    return weight
+
+
+def _wrap(parameter: torch.Tensor, state: Any) -> NF4Weight | str:
+    """Wrap the weight without reading it, as a trace needs."""
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has rearranged its bytes for the CPU"
+    nested = None
+    if state.nested:
+        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    packed = parameter.view(-1).view(torch.uint8)
+    return NF4Weight(packed, state.absmax, nested, tuple(state.shape), state.blocksize, state.dtype)
+
+
+def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """A context without autocast: a 4-bit layer computes in its own `compute_dtype`."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else contextlib.nullcontext()
+    )

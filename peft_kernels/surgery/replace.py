@@ -1,0 +1,158 @@
+"""Give a model's layers their fused forward, take it back, and say how things stand."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
+from peft_kernels.surgery.report import Report, Row
+
+NamedLayers = list[tuple[str, nn.Module]]
+Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool = False) -> Report:
+    """Make the layers of `model` run on the fused kernels: same numbers, same state_dict keys, faster.
+
+    Handled are PEFT's LoRA layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`, and `Linear4bit`
+    alone. The model is changed in place: each layer keeps its parameters and becomes an instance of a
+    subclass of its class. Saving, loading, deepcopy and pickle work as before, and so do adding, switching,
+    disabling and merging adapters. Calling it again is harmless, and fuses the layers that came in since.
+    `restore_layers` undoes it. If it raises, the model is as it was.
+
+    A layer in a state that the kernels do not cover (two active adapters, DoRA, ...) runs its stock forward
+    for as long as that lasts. The report, and `explain` at any later time, give the reason.
+
+    Args:
+        model: any module.
+        only: which layers; all by default. One or several glob patterns, matched against the dotted name or
+            the tail of it, as PEFT's `target_modules` ("q_proj", "layers.0.*"), or a function of the name and
+            the module that says whether to take it.
+        strict: raise if a selected layer would not run fused.
+
+    Returns:
+        A row for each PEFT or bitsandbytes layer, selected or not. `print` it.
+
+    Raises:
+        ValueError: a pattern in `only` matches no layer, or `strict` is set and a layer cannot be fused.
+    """
+    layers = _select(list(_layers(model)), only)
+    with contextlib.ExitStack() as undo:
+        for _, layer in layers:
+            handler = find_handler(layer)
+            if not isinstance(handler, str):
+                for part in (*handler.parts(layer), layer):
+                    _fuse(part, undo)
+        if strict:
+            _require_fused(layers)
+        undo.pop_all()  # all went well: nothing to undo
+    return explain(model)
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Give every fused layer of `model` its stock class back, in place."""
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            _restore(layer)
+
+
+def explain(model: nn.Module) -> Report:
+    """Which PEFT and bitsandbytes layers of `model` would run fused if called now, and why the others not.
+
+    What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
+    stock forward because of its input, the row says so.
+    """
+    return Report(tuple(_row(name, layer) for name, layer in _layers(model)))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer with a row of its own: handled, adapted or quantised, and not a part of another."""
+    parts: set[nn.Module] = set()
+    for name, layer in model.named_modules():
+        if layer in parts:
+            continue
+        handler = find_handler(layer)
+        if not isinstance(handler, str):
+            parts.update(handler.parts(layer))
+            yield name, layer
+        elif _is_adapted_or_quantised(layer):
+            yield name, layer
+
+
+def _is_adapted_or_quantised(layer: nn.Module) -> bool:
+    """Whether a user of PEFT or bitsandbytes would expect to read about this layer."""
+    return any(
+        f"{base.__module__}.{base.__qualname__}" == "peft.tuners.tuners_utils.BaseTunerLayer"
+        or base.__module__.startswith("bitsandbytes.")
+        for base in type(layer).__mro__
+    )
+
+
+def _select(layers: NamedLayers, only: Only | None) -> NamedLayers:
+    if only is None:
+        return layers
+    if callable(only):
+        return [(name, layer) for name, layer in layers if only(name, layer)]
+    patterns = [only] if isinstance(only, str) else list(only)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name, _ in layers):
+            raise ValueError(
+                f"only must match PEFT or bitsandbytes layers, got {pattern!r}, which matches none of the "
+                f"model's {len(layers)}; print(explain(model)) lists them"
+            )
+    return [(name, layer) for name, layer in layers if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _require_fused(layers: NamedLayers) -> None:
+    reasons = [f"{name}: {status.reason}" for name, layer in layers if not (status := _status(layer)).fused]
+    if reasons:
+        raise ValueError(
+            f"strict=True requires layers that can be fused, {len(reasons)} of {len(layers)} cannot; leave "
+            "them out with only=..., or run them as they are with strict=False:\n" + "\n".join(reasons)
+        )
+
+
+def _fuse(layer: Any, undo: contextlib.ExitStack) -> None:
+    stock_class: Any = type(layer)
+    handler: Any = find_handler(layer)
+    if not issubclass(stock_class, FusedLayer) and not isinstance(handler, str):
+        layer.__class__ = fused_class(stock_class, handler)
+        undo.callback(_restore, layer)
+        layer.on_fused()
+
+
+def _restore(layer: Any) -> None:
+    layer.__class__ = layer.stock_class
+    for key in FusedLayer.scratch:
+        layer.__dict__.pop(key, None)
+
+
+def _status(layer: nn.Module) -> Status:
+    handler = find_handler(layer)
+    if isinstance(handler, str):
+        return Status(False, handler)
+    if "forward" in layer.__dict__:
+        return Status(False, "it has a forward of its own, set on the instance")
+    return handler.status(layer)
+
+
+def _row(name: str, layer: nn.Module) -> Row:
+    status = _status(layer)
+    if status.fused and not isinstance(layer, FusedLayer):
+        status = Status(False, "a stock layer; replace_layers fuses it")
+    elif status.fused and "_stock_reason" in layer.__dict__:
+        status = Status(True, f"last call ran the stock forward: {layer.__dict__['_stock_reason']}")
+    return Row(name, _class_name(type(layer)), *status)
+
+
+def _class_name(layer_class: type) -> str:
+    """Short and unambiguous: "lora.Linear4bit" is PEFT's, "bitsandbytes.Linear4bit" what it wraps."""
+    package, *inner = layer_class.__module__.split(".")
+    return f"{inner[1] if package == 'peft' else package}.{layer_class.__name__}"

@@ -1,0 +1,67 @@
+"""What surgery did, layer by layer: the value `replace_layers` and `explain` return."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the model.
+
+    Attributes:
+        name: its dotted name in the model.
+        layer: its class, short: "lora.Linear4bit".
+        fused: whether a plain call `layer(x)` runs the fused kernels as things stand now.
+        reason: why not, when it is not fused; otherwise a remark, or "".
+    """
+
+    name: str
+    layer: str
+    fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers surgery knows of, in the model's order. `print(report)` shows them as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def fused(self) -> tuple[Row, ...]:
+        """The layers that run fused."""
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def skipped(self) -> tuple[Row, ...]:
+        """The layers that run their stock forward, each with its reason."""
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __rich__(self) -> Group:
+        table = Table("name", "layer", "fused", "reason")
+        for row in self.rows:
+            # Text, because rich would take square brackets in a plain string for markup.
+            table.add_row(
+                Text(row.name, overflow="fold"), row.layer, "yes" if row.fused else "no", Text(row.reason)
+            )
+        summary = f"{len(self.fused)} of {len(self)} PEFT and bitsandbytes layers fused"
+        return Group(summary, table) if self.rows else Group("no PEFT or bitsandbytes layers")
+
+    def __str__(self) -> str:
+        # Without colour codes, as it may end up in a file; there is no terminal then: 120 columns read well.
+        width = shutil.get_terminal_size(fallback=(120, 24)).columns
+        text = io.StringIO()
+        Console(file=text, width=width, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -1,0 +1,116 @@
+"""Small PEFT models to operate on: dense and 4-bit, plain and from transformers."""
+
+import copy
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_kernels.nn import PhiloxDropout
+
+BASES = ("dense", "nf4", "nf4_double")
+VOCABULARY = 64
+
+
+def linear4bit(linear: nn.Linear, base: str = "nf4_double", **kwargs: Any) -> bnb.nn.Linear4bit:
+    """A bitsandbytes layer holding the weight of `linear` in 4 bits."""
+    kwargs = {"quant_type": "nf4", "compute_dtype": linear.weight.dtype} | kwargs
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compress_statistics=base == "nf4_double",
+        **kwargs,
+    )
+    layer.weight.data = linear.weight.data.clone()
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.data.clone())
+    return layer.to("cpu")  # this quantises
+
+
+def quantise(model: nn.Module, base: str, **kwargs: Any) -> None:
+    """Put a bitsandbytes layer in the place of every `nn.Linear`, as transformers does."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, linear4bit(child, base, **kwargs))
+    model.is_loaded_in_4bit = True  # how PEFT knows
+
+
+def adapt(model: nn.Module, targets: list[str], **config: Any) -> PeftModel:
+    """Add a LoRA adapter that does something: B is not zero."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": targets} | config
+    autocast = config.pop("autocast_adapter_dtype", True)
+    peft_model = get_peft_model(model, LoraConfig(**config), autocast_adapter_dtype=autocast)
+    fill_adapter(peft_model)
+    return peft_model
+
+
+def fill_adapter(model: nn.Module, adapter: str = "default", seed: int = 1) -> None:
+    """Give A and B of an adapter the values that `seed` stands for."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def philox(model: nn.Module) -> None:
+    """Give a stock model the dropout whose mask the fused layers share."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(module, name, PhiloxDropout(child.p).train(child.training))
+
+
+def make_mlp(base: str = "dense", dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
+    """Linear, GELU, Linear with an adapter on both: 64 -> 128 -> 32 features."""
+    kwargs = config.pop("base_kwargs", {})
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32)).to(dtype)
+    if base != "dense":
+        quantise(model, base, **kwargs)
+    return adapt(model, ["0", "2"], **config)
+
+
+def make_llama(base: str = "dense", **config: Any) -> PeftModel:
+    """Two decoder layers of width 64 with an adapter on three of their seven projections."""
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            use_cache=False,
+        )
+    )
+    if base != "dense":
+        quantise(llama.model.layers, base)
+        llama.is_loaded_in_4bit = True
+    return adapt(llama, ["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **config)
+
+
+def layer(model: nn.Module, name: str = "base_model.model.0") -> Any:
+    """One layer, untyped."""
+    return model.get_submodule(name)
+
+
+def tokens(rows: int = 2, length: int = 8) -> torch.Tensor:
+    """Random input ids."""
+    return torch.randint(0, VOCABULARY, (rows, length))
+
+
+def pair(model: PeftModel) -> tuple[PeftModel, PeftModel]:
+    """The model and an independent copy of it."""
+    return model, copy.deepcopy(model)
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same keys with the same bits."""
+    left, right = a.state_dict(), b.state_dict()
+    return list(left) == list(right) and all(torch.equal(left[key], right[key]) for key in left)

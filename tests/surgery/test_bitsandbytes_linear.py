@@ -1,0 +1,248 @@
+"""A bare Linear4bit: its numbers, bitsandbytes' layout for the CPU, weights that change under the layer."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from peft_models import linear4bit
+from torch import nn
+
+from numerics import assert_within, bound, gamma
+from peft_kernels.surgery import Row, explain, replace_layers, restore_layers
+
+QUANTISATION = ("nf4", "nf4_double")
+
+
+def make_layer(base: str = "nf4", in_features: int = 128, seed: int = 0, **kwargs: Any) -> bnb.nn.Linear4bit:
+    torch.manual_seed(seed)
+    layer = linear4bit(nn.Linear(in_features, 96), base, **kwargs)
+    return layer.requires_grad_(False)
+
+
+def exact_weight(layer: Any) -> torch.Tensor:
+    """float64 [N, K], by bitsandbytes' own dequantisation."""
+    state = copy.copy(layer.weight.quant_state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(layer.weight.data, state).double()
+
+
+def pack_for_cpu(layer: Any) -> None:
+    """What a stock forward in eval mode does to a layer on a CPU with AVX512-BF16; here on every CPU."""
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", QUANTISATION)
+def test_product_and_gradient(base: str, dtype: torch.dtype) -> None:
+    layer = make_layer(base, compute_dtype=dtype)
+    weight = exact_weight(layer)
+    replace_layers(layer, strict=True)
+    x, grad = torch.randn(2, 5, 128).to(dtype), torch.randn(2, 5, 96).to(dtype)
+    x.requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    assert y.dtype == dx.dtype == dtype
+    x = x.detach().double()
+    exact, magnitude = x @ weight.t() + layer.bias.double(), x.abs() @ weight.abs().t() + layer.bias.abs()
+    assert_within("y", y, exact, bound(exact, magnitude, 128 + 3, dtype))
+    exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()
+    assert_within("gradient of x", dx, exact, bound(exact, magnitude, 96 + 3, dtype))
+
+
+def test_autocast_does_not_change_the_compute_dtype() -> None:
+    """bitsandbytes says so too and returns fp32, but its CPU op calls F.linear, which autocast rounds."""
+    stock = make_layer()
+    fused = copy.deepcopy(stock)
+    replace_layers(fused)
+    x = torch.randn(3, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, theirs = fused(x), stock(x)
+    assert y.dtype == theirs.dtype == torch.float32
+    weight = exact_weight(stock)
+    exact = x.double() @ weight.t() + stock.bias
+    magnitude = x.double().abs() @ weight.abs().t() + stock.bias.abs()
+    assert_within("y", y, exact, bound(exact, magnitude, 128 + 3, torch.float32))
+    assert_within("bitsandbytes' y", theirs, exact, gamma(4, torch.bfloat16) * magnitude)
+
+
+def test_trainable_bias() -> None:
+    layer = make_layer()
+    layer.bias.requires_grad_(True)
+    replace_layers(layer)
+    layer(torch.randn(7, 128)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((96,), 7.0))
+
+
+def test_bias_keeps_its_dtype() -> None:
+    """bitsandbytes casts the parameter itself to the compute dtype, for good."""
+    stock, fused = make_layer(compute_dtype=torch.bfloat16), make_layer(compute_dtype=torch.bfloat16)
+    stock.bias.data, fused.bias.data = stock.bias.data.float(), fused.bias.data.float()
+    replace_layers(fused)
+    for layer in (stock, fused):
+        layer(torch.randn(2, 128))
+    assert (stock.bias.dtype, fused.bias.dtype) == (torch.bfloat16, torch.float32)
+    fused.half()
+    assert fused(torch.randn(2, 128)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+def test_any_quant_storage(quant_storage: torch.dtype) -> None:
+    layer, plain = make_layer(quant_storage=quant_storage), make_layer()
+    assert layer.weight.dtype == quant_storage
+    replace_layers(nn.ModuleList([layer, plain]), strict=True)
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"quant_type": "fp4"}, "it is quantised to fp4, not nf4"),
+        ({}, "its weight is not quantised yet"),
+        ({}, "its weight is a NoneType, not a Params4bit"),
+    ],
+    ids=["fp4", "not quantised", "sharded"],
+)
+def test_unreadable_weights(kwargs: dict[str, Any], reason: str) -> None:
+    layer = make_layer(**kwargs)
+    if "yet" in reason:
+        layer.weight.quant_state = None  # as after FSDP; bitsandbytes restores it from the layer
+    x = torch.randn(3, 128)
+    expected = copy.deepcopy(layer)(x)
+    if "NoneType" in reason:
+        weight = layer.weight
+        del layer.weight
+        layer.weight = weight.data.as_subclass(torch.Tensor)
+        layer.weight.quant_state = weight.quant_state
+    row = replace_layers(layer).rows[0]
+    assert (row.fused, row.reason) == (False, reason)
+    with pytest.raises(ValueError, match=reason):
+        replace_layers(layer, strict=True)
+    assert torch.equal(layer(x), expected)
+    if "yet" in reason:
+        assert explain(layer).rows[0].fused
+
+
+def test_input_as_wide_as_the_transposed_weight_is_left_to_bitsandbytes() -> None:
+    stock = make_layer()
+    fused = copy.deepcopy(stock)
+    replace_layers(fused)
+    x = torch.randn(3, 96)  # features of W^T
+    stock.bias = fused.bias = None
+    with pytest.warns(DeprecationWarning, match="quantized from a"):
+        assert torch.equal(fused(x), stock(x))
+    assert "the input has 96 features, the weight is [96, 128]" in explain(fused).rows[0].reason
+
+
+@pytest.mark.parametrize("when", ["before replacing", "after replacing"])
+@pytest.mark.parametrize("base", QUANTISATION)
+def test_rearranged_bytes_are_put_back(base: str, when: str) -> None:
+    """Codes exactly; absmax as bitsandbytes left them: bf16, and double-quantised again if they were."""
+    layer = make_layer(base)
+    codes, weight, keys = layer.weight.data.clone(), exact_weight(layer), list(layer.state_dict())
+    if when == "before replacing":
+        pack_for_cpu(layer)
+        replace_layers(layer, strict=True)
+    else:
+        replace_layers(layer, strict=True)
+        layer(torch.randn(3, 128))
+        pack_for_cpu(layer)
+    x = torch.randn(3, 128)
+    y = layer(x)
+    assert explain(layer).rows == (Row("", "bitsandbytes.Linear4bit", True, ""),)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    assert torch.equal(layer.weight.data, codes)
+    assert layer.weight.quant_state is layer.quant_state
+    assert list(layer.state_dict()) == keys
+    # absmax carry one bf16 rounding; double quantisation adds half a step of its code: 64 make 0.1 ... 1
+    found, largest = exact_weight(layer), weight.abs().max()
+    allowed = gamma(1, torch.bfloat16) * weight.abs() + (
+        0.9 / 64 / 2 * 1.01 * largest if base == "nf4_double" else 0
+    )
+    assert_within("weight", found, weight, allowed + 1e-9)
+    exact, magnitude = (
+        x.double() @ found.t() + layer.bias,
+        x.double().abs() @ found.abs().t() + layer.bias.abs(),
+    )
+    assert_within("y", y, exact, bound(exact, magnitude, 128 + 3, torch.float32))
+
+
+def test_statistics_that_bitsandbytes_left_transposed_are_not_misread() -> None:
+    """Its state_dict() after an eval forward on such a CPU does so to absmax without double quantisation."""
+    layer = make_layer()
+    pack_for_cpu(layer)
+    layer.state_dict()
+    assert layer.weight.quant_state.absmax.shape == (2, 96)
+    row = replace_layers(layer).rows[0]
+    assert (row.fused, row.reason) == (False, "absmax must be [ceil(n/blocksize)] = [192], got [2, 96]")
+
+
+def test_a_fused_layer_is_never_rearranged() -> None:
+    layer = make_layer().eval()
+    codes = layer.weight.data.clone()
+    replace_layers(layer)
+    with torch.no_grad():
+        y = layer(torch.randn(3, 128))
+    assert y.isfinite().all()
+    assert torch.equal(layer.weight.data, codes)
+    restore_layers(layer)
+    x = torch.randn(3, 128)
+    exact = x.double() @ exact_weight(layer).t() + layer.bias
+    magnitude = x.double().abs() @ exact_weight(layer).abs().t() + layer.bias.abs()
+    with torch.no_grad():
+        y = layer(x)  # bitsandbytes' own eval forward: bf16 inside where the CPU has AVX512-BF16
+    assert_within("y", y, exact, gamma(4, torch.bfloat16) * magnitude)
+
+
+def new_parameter(layer: Any, other: Any) -> None:
+    layer.weight = other.weight
+
+
+def new_bytes(layer: Any, other: Any) -> None:
+    layer.weight.data = other.weight.data
+    layer.weight.quant_state.absmax.copy_(other.weight.quant_state.absmax)
+
+
+def bytes_in_place(layer: Any, other: Any) -> None:
+    layer.weight.data.copy_(other.weight.data)
+    layer.weight.quant_state.absmax.copy_(other.weight.quant_state.absmax)
+
+
+def new_state(layer: Any, other: Any) -> None:
+    layer.weight.data = other.weight.data
+    layer.weight.quant_state = other.weight.quant_state
+
+
+def new_statistics(layer: Any, other: Any) -> None:
+    """As `QuantState.to(device)`, which moving a layer calls."""
+    layer.weight.data.copy_(other.weight.data)
+    layer.weight.quant_state.absmax = other.weight.quant_state.absmax
+
+
+@pytest.mark.parametrize("change", [new_parameter, new_bytes, bytes_in_place, new_state, new_statistics])
+def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None:
+    layer, other = make_layer(seed=0), make_layer(seed=1)
+    other.bias = layer.bias
+    replace_layers(nn.ModuleList([layer, other]))
+    x = torch.randn(3, 128)
+    before, expected = layer(x), other(x)
+    assert not torch.equal(before, expected)
+    change(layer, other)
+    assert torch.equal(layer(x), expected)
+
+
+def test_wrapped_weight_is_kept_between_calls() -> None:
+    """Wrapping costs more than the rest of the layer's own work."""
+    layer = make_layer()
+    replace_layers(layer)
+    layer(torch.randn(3, 128))
+    kept = layer.__dict__["_nf4_cache"].weight
+    layer(torch.randn(3, 128))
+    assert layer.__dict__["_nf4_cache"].weight is kept
+    assert kept.packed.data_ptr() == layer.weight.data_ptr(), "the weight was copied"

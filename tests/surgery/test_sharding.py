@@ -1,0 +1,56 @@
+"""Fused layers under FSDP: gathered weights are used, sharded ones are left to the stock forward."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft_models import layer, make_mlp, pair
+from torch.distributed.fsdp import fully_shard
+
+from peft_kernels.functional import lora_linear
+from peft_kernels.surgery import explain, peft_lora, replace_layers
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A world of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.xfail(
+    raises=UserWarning, reason="the adapted linear returns a view, which FSDP2 warns about", strict=True
+)
+def test_fully_shard(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 gathers a layer's parameters for the length of its forward; that is when the layer decides."""
+    stock, fused = pair(make_mlp())
+    replace_layers(fused, strict=True)
+    for name in ("base_model.model.0", "base_model.model.2"):
+        fully_shard(layer(fused, name), mesh=dist.init_device_mesh("cpu", (1,)))
+    assert {row.reason for row in explain(fused)} == {"lora_A: its weight is a DTensor, not a Parameter"}
+    calls = []
+    monkeypatch.setattr(peft_lora, "lora_linear", lambda *args: calls.append(args) or lora_linear(*args))
+    x = torch.randn(3, 64)
+    y, expected = fused(x), stock(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    expected.sum().backward()
+    grads = [p.grad.full_tensor() for p in fused.parameters() if p.grad is not None]
+    expected_grads = [p.grad for p in stock.parameters() if p.grad is not None]
+    assert len(grads) == len(expected_grads) == 4
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_sub_layers_sharded_on_their_own(process_group: None) -> None:
+    """As PEFT's FSDP policy does it: only calling a sub-layer gathers its weight, reading it does not."""
+    stock, fused = pair(make_mlp())
+    replace_layers(fused, strict=True)
+    lora_a = layer(fused).lora_A["default"]
+    fully_shard(lora_a, mesh=dist.init_device_mesh("cpu", (1,)))
+    assert explain(fused).rows[0].reason == "lora_A: it has hooks"
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(fused)(x), layer(stock)(x))
