@@ -1,0 +1,153 @@
+"""`python -m peft_kernels.bench`: run the micro-benchmarks, print them, keep them as JSON, gate on them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import registry
+from .case import BASELINES, Case
+from .gate import exit_status, judge
+from .machine import machine_facts
+from .measure import Budget
+from .report import case_view, print_header, print_verdicts, summary_table
+from .results import SCHEMA_VERSION, CaseResult, Report, Settings, write_json
+from .roofline import Roofline, measure_roofline
+from .run import CaseRunner
+from .worker import Workers
+
+_TABLE_WIDTH = 128  # a narrower terminal wraps lines, which loses nothing
+_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    machine = machine_facts()
+    try:
+        settings = _settings(options, machine.processors)
+        cases = registry.select(settings.suite, settings.families, settings.pattern)
+    except ValueError as error:
+        parser.error(str(error))
+    if not cases:
+        parser.error(
+            f"no case of suite {settings.suite} matches {settings.pattern}; --list shows their names"
+        )
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    if options.list:
+        console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
+        return 0
+    report = run(cases, settings, console, options.json)
+    console.print(summary_table(report))
+    print_verdicts(console, report)
+    verdicts = [judge(result, settings.fail_below) for result in report.cases]
+    return exit_status(verdicts, report.interrupted)
+
+
+def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: Path | None) -> Report:
+    """Run cases at every thread count; the JSON file is brought up to date after each of them."""
+    threads = settings.threads
+    dtypes = {case.dtype for case in cases}
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    interrupted, total = False, len(cases) * len(threads)
+    results: list[CaseResult] = []
+    rooflines: dict[int, Roofline] = {}
+
+    def report() -> Report:
+        facts = (SCHEMA_VERSION, created, machine_facts(), settings, list(rooflines.values()))
+        return Report(*facts, cases=list(results), interrupted=interrupted)
+
+    # auto_refresh is a thread that would show in the measurements; the runner refreshes between rounds.
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True)
+    try:
+        with Workers() as workers, bar as progress:
+            task = progress.add_task("measuring the limits of this machine", total=total)
+            progress.refresh()
+            rooflines |= {count: measure_roofline(count, dtypes) for count in sorted({*threads})}
+            print_header(console, report())
+            budget = Budget(max_seconds=settings.max_seconds)
+            runner = CaseRunner(
+                settings.baselines, budget, settings.seed, workers, rooflines, progress.refresh
+            )
+            for case, count in itertools.product(cases, threads):
+                progress.update(task, description=case.name)
+                results.append(runner.run(case, count))
+                console.print(case_view(results[-1]))
+                progress.advance(task)
+                if json_path:
+                    write_json(report(), json_path)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print(f"[yellow]interrupted after {len(results)} of {total} cases[/yellow]")
+        if json_path:
+            write_json(report(), json_path)
+    return report()
+
+
+def _settings(options: argparse.Namespace, processors: int) -> Settings:
+    baselines = options.baseline.split(",") if options.baseline else registry.default_baselines(options.suite)
+    unknown = sorted(set(baselines) - set(BASELINES))
+    if unknown:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {', '.join(unknown)}")
+    default_threads = "1" if options.suite != "full" else ",".join(map(str, sorted({1, processors})))
+    try:
+        threads = [int(count) for count in (options.threads or default_threads).split(",")]
+    except ValueError:
+        threads = [0]
+    if min(threads) < 1:
+        raise ValueError(f"threads must be positive numbers such as 1 or 1,2, got {options.threads}")
+    return Settings(
+        suite=options.suite,
+        families=options.family.split(",") if options.family else list(registry.FAMILIES),
+        pattern=options.filter,
+        baselines=baselines,
+        threads=threads,
+        max_seconds=options.seconds or _DEFAULT_SECONDS[options.suite],
+        fail_below=options.fail_below,
+        seed=options.seed,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_kernels.bench",
+        description="Micro-benchmarks of peft_kernels; see docs/benchmarks.md.",
+    )
+    add = parser.add_argument
+    add(
+        "--family", metavar="NAMES", help=f"comma-separated, of {', '.join(registry.FAMILIES)} (default: all)"
+    )
+    add("--suite", choices=registry.SUITES, default="quick", help="default: quick, under 90 s on 2 cores")
+    add("--filter", metavar="GLOB", default="*", help="only cases whose name matches")
+    add(
+        "--baseline",
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(BASELINES)} (default: all; compile only in full)",
+    )
+    add(
+        "--threads", metavar="N[,N]", help="thread counts (default: 1; in the full suite also all processors)"
+    )
+    add("--seconds", type=float, metavar="S", help="time for measuring a case (default: 2, full 10)")
+    add(
+        "--fail-below",
+        type=float,
+        metavar="R",
+        help="fail if a ratio's lower end against a stock baseline is below R",
+    )
+    add("--json", type=Path, metavar="FILE", help="write results there, after every case")
+    add("--seed", type=int, default=0, help="of the order of measurements")
+    add("--list", action="store_true", help="print the names of the cases and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

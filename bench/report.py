@@ -1,0 +1,154 @@
+"""What a run looks like in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .case import GATE_BASELINES, OURS
+from .gate import judge
+from .machine import Machine
+from .results import CaseResult, ContestantResult, Measurement, Report
+from .roofline import Roofline
+
+LEGEND = (
+    "ratio = baseline time / our time, median of paired rounds [95 % band]; * gates --fail-below; "
+    "GB/s and % roof count the bytes the problem needs, not those a contestant moves; "
+    "scratch = peak memory of a call beyond its results; "
+    "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
+)
+_HEADINGS = ("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof", "scratch", "saved", "error", "rounds")
+
+
+def machine_table(machine: Machine, rooflines: list[Roofline]) -> Table:
+    """Machine facts and measured limits."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("processor", f"{machine.cpu}, {machine.processors} usable")
+    table.add_row("caches", ", ".join(f"{level} {size_text(size)}" for level, size in machine.caches.items()))
+    table.add_row("system", machine.system)
+    table.add_row(
+        "versions", ", ".join(f"{name} {version or '-'}" for name, version in machine.versions.items())
+    )
+    native = machine.native_capability or f"[red]none: {escape(machine.native_reason or '')}[/red]"
+    table.add_row("instructions", f"torch {machine.torch_capability}, native kernels {native}")
+    for roofline in rooflines:
+        peaks = ", ".join(f"{dtype} {peak:.0f} GFLOP/s" for dtype, peak in sorted(roofline.gflop_s.items()))
+        limits = f"read {roofline.read_gb_s:.1f} GB/s, write {roofline.write_gb_s:.1f} GB/s, {peaks}"
+        table.add_row(f"limits, {threads_text(roofline.threads)}", limits)
+    return table
+
+
+def case_view(result: CaseResult) -> Group:
+    """All contestants of one case, and which of them have no speed and why."""
+    copies = f"{result.copies} weight {'copy' if result.copies == 1 else 'copies'}"
+    roof = f"roofline {_milliseconds(result.roofline_ms)} ms ({result.bound})"
+    title = f"[bold]{escape(result.name)}[/bold]   {threads_text(result.threads)}, {copies}, {roof}"
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True, min_width=22)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
+    for contestant in result.contestants:
+        if contestant.measurement:
+            table.add_row(*_contestant_row(contestant, contestant.measurement))
+        else:
+            notes.append(_note(contestant))
+    return Group(title, table, *notes, "")
+
+
+def summary_table(report: Report) -> Table:
+    """One row per case: how ours stands against the stock baseline that it beats by least."""
+    title = "Against the fastest stock baseline"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column("case", no_wrap=True)
+    for heading in ("threads", "ms", "ratio", "lower end"):
+        table.add_column(heading, justify="right")
+    table.add_column("baseline")
+    table.add_column("")
+    for result in report.cases:
+        ours, gate = result.contestants[0].measurement, result.gate
+        kind = judge(result, report.settings.fail_below).kind
+        table.add_row(
+            escape(result.name),
+            str(result.threads),
+            _milliseconds(ours.ms.median) if ours else "-",
+            *((f"{gate.ratio:.2f}x", f"{gate.low:.2f}x", gate.baseline) if gate else ("-", "-", "-")),
+            "" if kind == "passed" else f"[red]{kind}[/red]",
+        )
+    return table
+
+
+def print_verdicts(console: Console, report: Report) -> None:
+    """The cases that do not pass, each with its reason."""
+    fail_below = report.settings.fail_below
+    verdicts = [(result, judge(result, fail_below)) for result in report.cases]
+    failures = [(result, verdict) for result, verdict in verdicts if verdict.kind != "passed"]
+    if failures:
+        console.print(f"[bold red]{len(failures)} of {len(report.cases)} do not pass:[/bold red]")
+        for result, verdict in failures:
+            line = f"{result.name}, {threads_text(result.threads)}: {verdict.text}"
+            console.print(line, markup=False, highlight=False)
+    elif fail_below is not None:
+        console.print(f"[green]all {len(report.cases)} at or above {fail_below:g}[/green]")
+
+
+def print_header(console: Console, report: Report) -> None:
+    """Machine, limits and legend."""
+    console.print(machine_table(report.machine, report.rooflines))
+    console.print(f"[dim]{escape(LEGEND)}[/dim]\n")
+
+
+def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> list[str]:
+    ratio = measurement.ratio
+    error = "-" if contestant.error is None else f"{contestant.error:.1e}"
+    outside = contestant.tolerance_used is not None and contestant.tolerance_used > 1
+    return [
+        f"[bold]{contestant.name}[/bold]"
+        if contestant.name == OURS
+        else contestant.name + _mark(contestant.name),
+        _milliseconds(measurement.ms.median),
+        f"±{100 * measurement.ms.half_width:.1f}%",
+        f"{ratio.median:.2f}x" if ratio else "",
+        escape(f"[{ratio.low:.2f}, {ratio.high:.2f}]") if ratio else "",
+        f"{measurement.gb_s:.2f}",
+        "-" if measurement.gflop_s is None else f"{measurement.gflop_s:.1f}",
+        f"{measurement.roofline_percent:.0f}",
+        size_text(contestant.scratch_bytes),
+        size_text(contestant.saved_bytes),
+        f"[red]{error}![/red]" if outside else error,
+        f"{measurement.rounds}" + (f" (-{measurement.dropped})" if measurement.dropped else ""),
+    ]
+
+
+def _note(contestant: ContestantResult) -> Text:
+    colour = "bold red" if contestant.status == "failed" else "yellow"
+    error = "" if contestant.error is None else f" (error {contestant.error:.1e})"
+    status = contestant.status.upper() if contestant.status == "failed" else contestant.status
+    return Text(
+        f"  {contestant.name}{_mark(contestant.name)}: {status}: {contestant.reason}{error}", style=colour
+    )
+
+
+def _mark(name: str) -> str:
+    return "*" if name in GATE_BASELINES else ""
+
+
+def threads_text(threads: int) -> str:
+    return f"{threads} thread{'s' if threads != 1 else ''}"
+
+
+def size_text(size: int | None) -> str:
+    """Bytes in binary units with at most three digits; "-" for None."""
+    if size is None:
+        return "-"
+    value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1000 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.3g} {unit}"
+
+
+def _milliseconds(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds >= 10 else f"{milliseconds:.3g}"

@@ -1,0 +1,155 @@
+"""What a run leaves behind, and its JSON form (schema in docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .case import Case
+from .machine import Machine
+from .roofline import Roofline
+from .stats import Band
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Speed of one contestant; `ratio` is its time over ours (None for ours), paired round by round."""
+
+    ms: Band
+    ratio: Band | None
+    gb_s: float
+    gflop_s: float | None
+    roofline_percent: float
+    calls: int
+    rounds: int
+    dropped: int
+    samples_ms: list[float]
+
+
+@dataclass(frozen=True)
+class ContestantResult:
+    """One contestant of a case.
+
+    `missing`: it cannot run here. `noisy`: too few undisturbed rounds. `failed`: its results are wrong (ours
+    only: a baseline may be less precise). `error` and `tolerance_used` are explained at `oracle.Check`; None
+    where results cannot be compared.
+    """
+
+    name: str
+    status: Literal["measured", "noisy", "missing", "failed"]
+    reason: str | None = None
+    error: float | None = None
+    tolerance_used: float | None = None
+    scratch_bytes: int | None = None
+    saved_bytes: int | None = None
+    measurement: Measurement | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The stock baseline that ours beats by least: ratio and lower end of its noise band."""
+
+    baseline: str
+    ratio: float
+    low: float
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case at one thread count. `failed`: ours is wrong and nothing was timed."""
+
+    name: str
+    case: Case
+    threads: int
+    copies: int
+    flops: int
+    read_bytes: int
+    write_bytes: int
+    roofline_ms: float
+    bound: str
+    status: Literal["measured", "noisy", "missing", "failed"]
+    contestants: list[ContestantResult]
+    gate: Gate | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for."""
+
+    suite: str
+    families: list[str]
+    pattern: str
+    baselines: list[str]
+    threads: list[int]
+    max_seconds: float
+    fail_below: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run: complete, or as far as it came before it was interrupted."""
+
+    schema_version: int
+    created: str
+    machine: Machine
+    settings: Settings
+    rooflines: list[Roofline]
+    cases: list[CaseResult]
+    interrupted: bool
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write a report; the file is either the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Report:
+    """Read a report.
+
+    Raises:
+        ValueError: another schema version, or a field is missing, unknown or of the wrong type.
+    """
+    content = json.loads(path.read_text())
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version} in {path}")
+    report: Report = _decode(Report, content, "report")
+    return report
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """JSON value -> dataclass, list, dict or scalar of type `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or set(value) != set(hints):
+            raise ValueError(f"{where} must be an object with {', '.join(hints)}, got {value!r:.80}")
+        return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(kind, value, where)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {name: _decode(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and origin is None and type(value) is kind:
+        return value
+    raise ValueError(f"{where} must be {kind}, got {value!r:.80}")

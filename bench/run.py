@@ -1,0 +1,189 @@
+"""Run one case: check every contestant, then memory, then time; it yields a `CaseResult`."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import memory
+from .case import CHECK_SEED, OURS, TUNED_SUFFIX, Case, Prepared, Program, Unavailable
+from .gate import gate_of
+from .machine import usable_processors
+from .measure import Budget, Contestant, LocalContestant, Rounds, interleave
+from .oracle import compare
+from .registry import baselines, prepare
+from .results import CaseResult, ContestantResult, Measurement
+from .roofline import Roofline
+from .stats import MIN_CLEAN_ROUNDS, clean_seconds, median_band, paired_ratios
+from .worker import RemoteContestant, Workers
+
+Results = dict[str, ContestantResult]
+
+
+@dataclass
+class CaseRunner:
+    """Runs cases with the settings of one run.
+
+    Attributes:
+        baselines: names of `case.BASELINES` to measure against, where they apply.
+        budget: time per case.
+        seed: of the order of contestants.
+        workers: child processes.
+        rooflines: limits by thread count.
+        tick: called outside of any timing, for a progress bar.
+    """
+
+    baselines: Collection[str]
+    budget: Budget
+    seed: int
+    workers: Workers
+    rooflines: dict[int, Roofline]
+    tick: Callable[[], None] = field(default=lambda: None)
+
+    def run(self, case: Case, threads: int) -> CaseResult:
+        """Check, measure and rate one case."""
+        start = time.perf_counter()
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(usable_processors())  # preparing and checking are not timed
+            prepared = prepare(case)
+            roofline_ms, bound = self.rooflines[threads].milliseconds(prepared, case.dtype)
+            names = [name for name in baselines(case) if name in self.baselines]
+            results, programs = self._check(prepared, names, threads)
+            if results[OURS].status != "failed":
+                torch.set_num_threads(threads)
+                results = self._measure_memory(case, prepared, results, programs, threads)
+                rounds, results = self._measure_time(case, results, programs, threads)
+                results = _rate(results, rounds, threads, prepared, roofline_ms)
+        finally:
+            torch.set_num_threads(before)
+            gc.collect()  # a case may hold a gigabyte
+        return CaseResult(
+            name=case.name,
+            case=case,
+            threads=threads,
+            copies=prepared.copies,
+            flops=prepared.flops,
+            read_bytes=prepared.read_bytes,
+            write_bytes=prepared.write_bytes,
+            roofline_ms=roofline_ms,
+            bound=bound,
+            status=results[OURS].status,
+            contestants=list(results.values()),
+            gate=gate_of(results.values()),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _check(
+        self, prepared: Prepared, names: Collection[str], threads: int
+    ) -> tuple[Results, dict[str, list[Program]]]:
+        """Build every contestant and compare its results with the oracle."""
+        results: Results = {}
+        programs: dict[str, list[Program]] = {}
+        for name in (OURS, *names):
+            self.tick()
+            if name.endswith(TUNED_SUFFIX):  # the same code in another process: its check is the stock one's
+                results[name] = ContestantResult(name, "measured")
+                continue
+            try:
+                results[name], programs[name] = _check_contestant(prepared, name, threads)
+            except Unavailable as unavailable:
+                results[name] = ContestantResult(name, "missing", str(unavailable))
+            if results[name].status == "failed":
+                break
+        return results, programs
+
+    def _measure_memory(
+        self,
+        case: Case,
+        prepared: Prepared,
+        results: Results,
+        programs: dict[str, list[Program]],
+        threads: int,
+    ) -> Results:
+        self.tick()
+        worker = self.workers.memory()
+        scratch = worker.request("scratch", case, list(programs), threads) if worker else {}
+        return results | {
+            name: replace(
+                results[name],
+                scratch_bytes=scratch.get(name),
+                saved_bytes=memory.saved_bytes(programs[name][0]),
+            )
+            for name in programs
+        }
+
+    def _measure_time(
+        self, case: Case, results: Results, programs: dict[str, list[Program]], threads: int
+    ) -> tuple[Rounds, Results]:
+        contestants: dict[str, Contestant] = {
+            name: LocalContestant([program.call for program in copies]) for name, copies in programs.items()
+        }
+        for name in results:
+            if name.endswith(TUNED_SUFFIX):
+                try:
+                    stock = name.removesuffix(TUNED_SUFFIX)
+                    contestants[name] = RemoteContestant(self.workers.tuned(), case, stock, threads)
+                except Unavailable as unavailable:
+                    results = results | {name: ContestantResult(name, "missing", str(unavailable))}
+        return interleave(contestants, OURS, threads, self.budget, self.seed, self.tick), results
+
+
+def _check_contestant(prepared: Prepared, name: str, threads: int) -> tuple[ContestantResult, list[Program]]:
+    many = torch.get_num_threads()
+    programs = prepared.contestants[name]()
+    torch.set_num_threads(threads)
+    torch.manual_seed(CHECK_SEED)
+    outputs = programs[0].outputs(programs[0].call())
+    torch.set_num_threads(many)
+    oracle = prepared.oracle(name)
+    if oracle is None:
+        return ContestantResult(name, "measured"), programs
+    check = compare(outputs, oracle)
+    if name == OURS and not check.passed:
+        reason = f"{check.worst} is off by {check.tolerance_used:.3g} times its tolerance"
+        return ContestantResult(
+            name, "failed", reason, _finite(check.error), _finite(check.tolerance_used)
+        ), programs
+    result = ContestantResult(
+        name, "measured", error=_finite(check.error), tolerance_used=_finite(check.tolerance_used)
+    )
+    return result, programs
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None for NaN and infinity, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def _rate(results: Results, rounds: Rounds, threads: int, prepared: Prepared, roofline_ms: float) -> Results:
+    """Turn rounds into milliseconds, ratios and rates."""
+    rated = dict(results)
+    for name, samples in rounds.items():
+        times = [1e3 * seconds for seconds in clean_seconds(samples, threads)]
+        taken = [sample for sample in samples if sample]
+        ratios = [] if name == OURS else paired_ratios(samples, rounds[OURS], threads)
+        usable = len(times) if name == OURS else len(ratios)
+        if usable < MIN_CLEAN_ROUNDS:
+            reason = f"{usable} of {len(taken)} rounds undisturbed, {MIN_CLEAN_ROUNDS} needed"
+            rated[name] = replace(results[name], status="noisy", reason=reason)
+            continue
+        ms = median_band(times)
+        measurement = Measurement(
+            ms=ms,
+            ratio=median_band(ratios) if ratios else None,
+            gb_s=(prepared.read_bytes + prepared.write_bytes) / (ms.median * 1e6),
+            gflop_s=prepared.flops / (ms.median * 1e6) if prepared.flops else None,
+            roofline_percent=100 * roofline_ms / ms.median,
+            calls=taken[0].calls,
+            rounds=len(times),
+            dropped=len(taken) - len(times),
+            samples_ms=times,
+        )
+        rated[name] = replace(results[name], measurement=measurement)
+    return rated

@@ -1,0 +1,71 @@
+"""The benchmark cases under pytest-benchmark: `pytest bench --benchmark-json FILE`.
+
+One group per case, one benchmark per contestant. Contestants are measured together in interleaved rounds, as
+`python -m peft_kernels.bench` does; pytest-benchmark is handed those rounds through its timer and computes
+its statistics from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from peft_kernels.bench.case import OURS, Case
+from peft_kernels.bench.registry import baselines, default_baselines, select
+from peft_kernels.bench.report import threads_text
+from peft_kernels.bench.results import CaseResult
+from pytest_benchmark.fixture import BenchmarkFixture
+
+
+class _Replay:
+    """A clock that shows recorded durations: every two readings are one round apart."""
+
+    __name__ = "interleaved_rounds"
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self._readings = iter([reading for duration in seconds for reading in (0.0, duration)])
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+_REPLAY = _Replay()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    cases = select(option("--bench-suite"), pattern=option("--bench-filter"))
+    wanted = {OURS, *default_baselines(option("--bench-suite"))}
+    pairs = [(case, name) for case in cases for name in (OURS, *baselines(case)) if name in wanted]
+    metafunc.parametrize(("case", "contestant"), pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+
+
+@pytest.mark.filterwarnings("default")  # the baselines' libraries warn; that is theirs to mend
+@pytest.mark.benchmark(timer=_REPLAY)
+def test_case(
+    benchmark: BenchmarkFixture, case: Case, contestant: str, measured: Callable[[Case], CaseResult]
+) -> None:
+    result = measured(case)
+    ours = result.contestants[0]
+    assert ours.status != "failed", ours.reason
+    (own,) = (each for each in result.contestants if each.name == contestant)
+    if own.measurement is None:
+        pytest.skip(f"{own.status}: {own.reason}")
+    speed = own.measurement
+    benchmark.group = f"{case.name}, {threads_text(result.threads)}"
+    benchmark.extra_info = {
+        "ratio": dataclasses.asdict(speed.ratio) if speed.ratio else None,
+        "bytes": result.read_bytes + result.write_bytes,
+        "flops": result.flops,
+        "error": own.error,
+        "scratch_bytes": own.scratch_bytes,
+        "saved_bytes": own.saved_bytes,
+        "roofline_percent": speed.roofline_percent,
+        "rounds_dropped": speed.dropped,
+    }
+    _REPLAY.load([milliseconds / 1e3 for milliseconds in speed.samples_ms])
+    benchmark.pedantic(lambda: None, rounds=speed.rounds)  # type: ignore[no-untyped-call]

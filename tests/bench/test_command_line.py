@@ -1,0 +1,99 @@
+import pytest
+from peft_kernels.bench import __main__ as command_line
+from peft_kernels.bench import memory
+from peft_kernels.bench.__main__ import main
+from peft_kernels.bench.gate import EXIT_FAILED, EXIT_INTERRUPTED
+from peft_kernels.bench.results import read_json
+from peft_kernels.bench.run import CaseRunner
+
+from peft_kernels import functional
+
+pytestmark = pytest.mark.filterwarnings("default")  # of the libraries compared with
+TINY = ["--suite", "smoke", "--filter", "nf4_linear/*", "--seconds", "0.02"]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No child processes: they take seconds to start."""
+    monkeypatch.setattr(memory, "can_measure_scratch", lambda: False)
+
+
+@pytest.mark.slow
+def test_a_run_end_to_end_with_its_child_processes(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main([*TINY, "--baseline", "eager,bitsandbytes,bitsandbytes-tuned", "--json", str(path)]) == 0
+    report = read_json(path)
+    (result,) = report.cases
+    assert result.name == "nf4_linear/forward/M3-K128-N64/nf4/float32"
+    assert not report.interrupted
+    contestants = {contestant.name: contestant for contestant in result.contestants}
+    assert list(contestants) == ["peft_kernels", "eager", "bitsandbytes", "bitsandbytes-tuned"]
+    if memory.can_measure_scratch():
+        assert 128 * 64 * 4 <= contestants["eager"].scratch_bytes < 2**20  # a dense weight and its index
+    assert contestants["peft_kernels"].error < 1e-5
+    out = capsys.readouterr().out
+    assert "read " in out
+    assert result.name in out
+
+
+@pytest.mark.parametrize(
+    ("fail_below", "status", "words"),
+    [
+        ("1.7", 0, "all 1 at or above 1.7"),
+        (
+            "1.9",
+            EXIT_FAILED,
+            "nf4_linear/forward/M3-K128-N64/nf4/float32, 1 thread: 1.800 < 1.9 against eager",
+        ),
+    ],
+)
+def test_exit_status_of_the_gate(monkeypatch, capsys, report, fail_below, status, words):
+    monkeypatch.setattr(CaseRunner, "run", lambda self, case, threads: report.cases[0])
+    assert main([*TINY, "--fail-below", fail_below]) == status
+    assert words in capsys.readouterr().out
+
+
+def test_a_wrong_result_fails_the_run(alone, monkeypatch, capsys):
+    right = functional.nf4_linear
+    monkeypatch.setattr(functional, "nf4_linear", lambda x, w: -right(x, w))
+    assert main([*TINY, "--baseline", "eager"]) == EXIT_FAILED
+    assert "FAILED: y is off by" in capsys.readouterr().out
+
+
+def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
+    run, path = CaseRunner.run, tmp_path / "report.json"
+
+    def run_once(self, case, threads):
+        if case.op != "nf4_quantize":
+            raise KeyboardInterrupt
+        return run(self, case, threads)
+
+    monkeypatch.setattr(CaseRunner, "run", run_once)
+    arguments = ["--suite", "smoke", "--baseline", "eager", "--seconds", "0.02", "--json", str(path)]
+    assert main(arguments) == EXIT_INTERRUPTED
+    report = read_json(path)
+    assert report.interrupted
+    assert [result.case.op for result in report.cases] == ["nf4_quantize"]
+    assert "interrupted after 1 of 5" in capsys.readouterr().out
+
+
+def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
+    monkeypatch.delattr(command_line, "run")
+    assert main(["--list", "--family", "dropout", "--suite", "full"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "philox_dropout/both/M512-K4096/float32/p0.05"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "dora"], "family must be one of nf4, linear, dropout, got dora"),
+        (["--baseline", "tensorflow"], "baseline must be one of eager"),
+        (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
+        (["--filter", "nothing*"], "no case of suite quick matches nothing*"),
+    ],
+)
+def test_bad_options_are_explained(capsys, arguments, message):
+    with pytest.raises(SystemExit) as status:
+        main(arguments)
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""`python -m peft_kernels`: what it reports is what is, and a wrong kernel does not pass its self-test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_kernels import __main__ as command
+from peft_kernels import __version__, diagnostics
+from peft_kernels.core.library import NativeLibrary, native_library
+
+OPS = ("adapted_linear", "adapted_linear_backward", "nf4_dequantize", "nf4_quantize", "philox_dropout")
+MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
+
+
+def run_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["peft_kernels", *options])
+    status = command.main()
+    return status, capsys.readouterr().out
+
+
+def test_runs_as_a_program_and_passes() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "peft_kernels", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["versions"]["peft_kernels"] == __version__
+    assert data["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert tuple(data["backends"]) == OPS
+    assert all(result["passed"] for result in data["self-test"])
+
+
+def test_report_names_the_library_and_the_kernels_in_use() -> None:
+    native = native_library()
+    inventory = diagnostics.inventory()
+    if native.loaded:
+        assert inventory["native library"] == {"loaded from": str(native.path)}
+        assert inventory["hardware"]["instruction set used"] == native.capability
+        assert set(inventory["backends"].values()) == {f"cpu (C++ {native.capability}) for cpu tensors"}
+    else:
+        assert inventory["native library"]["NOT LOADED"] == native.reason
+        assert set(inventory["backends"].values()) == {"reference for cpu tensors"}
+
+
+def test_missing_library_is_explained_with_reason_remedy_and_build_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = tmp_path / "_native_build_failure.txt"
+    note.write_text("g++: fatal error: no input files\n")
+    monkeypatch.setattr(diagnostics, "native_library", lambda: MISSING)
+    monkeypatch.setattr(diagnostics, "BUILD_FAILURE_NOTE", note)
+    section = diagnostics.native()
+    assert section["NOT LOADED"] == MISSING.reason
+    assert "make build" in section["remedy"]
+    assert section["when it was built"] == "g++: fatal error: no input files"
+    _, shown = run_command(capsys, monkeypatch)
+    assert "NOT LOADED" in shown
+
+
+def test_self_test_covers_every_family_in_every_dtype() -> None:
+    cases = [result.case for result in diagnostics.self_test()]
+    for op in ("nf4_quantize", "nf4_dequantize", "nf4_linear", "nf4_lora_linear", "philox_dropout"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert any(case.startswith(f"{op}/") and dtype in case.split("/") for case in cases), (op, dtype)
+
+
+@pytest.mark.parametrize("relative_error", [1e-4, float("nan")])
+def test_a_wrong_kernel_fails_the_self_test(
+    relative_error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error far below what anyone would notice in a loss curve, in one op only."""
+    from peft_kernels import functional
+
+    correct = functional.nf4_linear
+
+    def slightly_wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return correct(*args, **kwargs) * (1 + relative_error)
+
+    monkeypatch.setattr(functional, "nf4_linear", slightly_wrong)
+    status, shown = run_command(capsys, monkeypatch, "--json")
+    failed = [result["case"] for result in json.loads(shown)["self-test"] if not result["passed"]]
+    assert status == 1
+    assert failed
+    assert all(case.startswith("nf4_linear/") for case in failed)
+
+
+def test_self_test_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    diagnostics.self_test()
+    assert torch.equal(before, torch.get_rng_state())
