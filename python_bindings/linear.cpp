@@ -8,9 +8,9 @@
 namespace peft_kernels::bindings {
 namespace {
 
-// a @ b by torch's GEMM. The out variant: autocast leaves it alone, and the operands are detached because it refuses
-// tensors that require grad.
-Tensor vendor_matmul(const Tensor& a, const Tensor& b) {
+// out = a @ b by torch's GEMM. The out variant: autocast leaves it alone, and the operands are detached because it
+// refuses tensors that require grad.
+void vendor_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   const auto detach = [](const Tensor& t) {
@@ -18,10 +18,9 @@ Tensor vendor_matmul(const Tensor& a, const Tensor& b) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
     return to<Tensor>(stack[0]);
   };
-  Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
   std::array<StableIValue, 3> stack{from(detach(a)), from(detach(b)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  to<Tensor>(stack[0]);  // takes back the reference that the dispatcher returned
 }
 
 Tensor multiply(const Tensor& a, const Tensor& b) {  // a * b in a's dtype
@@ -119,11 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
   problem.y = output(y);
   problem.u = static_cast<float*>(u.mutable_data_ptr());
   if (save_preactivation) problem.z = output(z);
-  OptionalTensor base;
-  if (!in.nf4) {
+  if (!in.nf4) {  // the product goes to y, where the kernel picks it up
     const Tensor scaled = in.input_scale ? multiply(in.x, *in.input_scale) : in.x;
-    base = vendor_matmul(scaled, torch::stable::transpose(in.dense_weight, 0, 1));
-    problem.base = array("base", base);
+    vendor_matmul(scaled, torch::stable::transpose(in.dense_weight, 0, 1), y);
+    problem.base = array("base", y);
   }
   cpu::kernels().adapted_linear(problem, torch_threads());
   return {y, u, z};
@@ -180,9 +178,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   Tensor dbias = need_bias ? empty(grad, {in.out_features}, dtype) : empty(grad, {0}, dtype);
   if (need_bias) problem.dbias = output(dbias);
   OptionalTensor base;
-  if (!in.nf4 && (need_x || need_input_scale)) {
-    const Tensor dz = in.column_scale ? multiply(grad, *in.column_scale) : grad;
-    base = vendor_matmul(dz, in.dense_weight);
+  if (!in.nf4 && (need_x || need_input_scale)) {  // the product goes to dx, where the kernel picks it up
+    base = need_x ? dx : empty(in.x, {tokens, in.in_features}, dtype);
+    vendor_matmul(in.column_scale ? multiply(grad, *in.column_scale) : grad, in.dense_weight, *base);
     problem.base = array("base", base);
   }
   cpu::kernels().adapted_linear_backward(problem, torch_threads());

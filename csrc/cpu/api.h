@@ -59,7 +59,7 @@ struct AdaptedLinear {
   int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
   Array x;                                                // [M, K]
   NF4Weight nf4;                                          // [N, K], where base is absent
-  Array base;                                             // [M, N] = (x * input_scale) W^T
+  Array base;                                             // [M, N] = (x * input_scale) W^T; may be y itself
   LowRank lowrank;
   Array column_scale;  // [N]
   Array input_scale;   // [K]
@@ -78,7 +78,7 @@ struct AdaptedLinearBackward {
   Array grad;                                             // [M, N]
   Array x;                                                // [M, K]
   NF4Weight nf4;                                          // [N, K], where base is absent
-  Array base;                                             // [M, K] = dz W (a vendor GEMM made it)
+  Array base;                                             // [M, K] = dz W (a vendor GEMM made it); may be dx itself
   LowRank lowrank;
   Array column_scale, input_scale;
   const float* u = nullptr;  // [M, rank]

@@ -100,7 +100,7 @@ def nf4_weight(layer: Any) -> NF4Weight | str:
         except ValueError as error:
             return str(error)
         layer.__dict__["_nf4_cache"] = cached = _Cached(
-            weight, parameter, parameter.data_ptr(), parameter.quant_state, parameter.quant_state.absmax
+            weight, parameter.data_ptr(), parameter.quant_state, parameter.quant_state.absmax
         )
     return cached.weight
 
@@ -120,19 +120,13 @@ class _Cached(NamedTuple):
     """A wrapped weight, and what it was made from."""
 
     weight: NF4Weight
-    parameter: torch.Tensor
     data_ptr: int  # of bytes that `weight` keeps alive, so no other tensor can come to lie there
     state: Any
     absmax: torch.Tensor
 
     def is_of(self, parameter: torch.Tensor, state: Any) -> bool:
-        # A merge makes a new parameter; `.data = ` new bytes; moving a layer a new absmax in the old state.
-        return (
-            self.parameter is parameter
-            and self.state is state
-            and self.absmax is state.absmax
-            and self.data_ptr == parameter.data_ptr()
-        )
+        # A merge makes a new parameter, state and all; `.data =` new bytes; moving the layer new absmax in the state.
+        return self.state is state and self.absmax is state.absmax and self.data_ptr == parameter.data_ptr()
 
 
 def _wrap_checked(layer: Any, parameter: Any, state: Any) -> NF4Weight:

@@ -55,6 +55,14 @@ def test_product_and_gradient(base: str, dtype: torch.dtype) -> None:
     assert_within("gradient of x", dx, exact, bound(exact, magnitude, 96 + 3, dtype))
 
 
+def test_compute_dtype() -> None:
+    layer = make_layer(compute_dtype=torch.bfloat16)
+    replace_layers(layer)
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), layer(x.bfloat16()).float())
+    assert layer(x).dtype == torch.float32
+
+
 def test_autocast_does_not_change_the_compute_dtype() -> None:
     """bitsandbytes says so too and returns fp32, but its CPU op calls F.linear, which autocast rounds."""
     stock = make_layer()
@@ -149,6 +157,7 @@ def test_rearranged_bytes_are_put_back(base: str, when: str) -> None:
     if when == "before replacing":
         pack_for_cpu(layer)
         replace_layers(layer, strict=True)
+        assert torch.equal(layer.weight.data, codes), "only the first call would put them back"
     else:
         replace_layers(layer, strict=True)
         layer(torch.randn(3, 128))
@@ -235,6 +244,18 @@ def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None
     assert not torch.equal(before, expected)
     change(layer, other)
     assert torch.equal(layer(x), expected)
+
+
+def test_a_new_state_for_the_same_bytes_is_noticed() -> None:
+    layer = make_layer()
+    layer.bias = None
+    replace_layers(layer)
+    layer(torch.randn(3, 128))
+    weight = exact_weight(layer)
+    layer.weight.quant_state = copy.copy(layer.weight.quant_state)
+    layer.weight.quant_state.shape = torch.Size((48, 256))
+    expected = torch.eye(256, dtype=torch.float64) @ weight.reshape(48, 256).t()
+    torch.testing.assert_close(layer(torch.eye(256)).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_wrapped_weight_is_kept_between_calls() -> None:

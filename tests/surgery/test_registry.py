@@ -5,10 +5,17 @@ import copy
 import bitsandbytes as bnb
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from peft_models import linear4bit, make_mlp, pair, quantise
+from peft_models import layer, linear4bit, make_mlp, pair, quantise
 from torch import nn
 
 from peft_kernels.surgery import explain, replace_layers
+
+
+class Doubling(bnb.nn.Linear4bit):
+    """A user's class that does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
 
 
 def test_layers_that_nothing_handles_are_listed() -> None:
@@ -43,10 +50,6 @@ def test_subclasses_of_a_handled_layer() -> None:
     class Renamed(bnb.nn.Linear4bit):
         pass
 
-    class Doubling(bnb.nn.Linear4bit):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * 2
-
     renamed, doubling = linear4bit(nn.Linear(64, 64)), linear4bit(nn.Linear(64, 64))
     renamed.__class__, doubling.__class__ = Renamed, Doubling
     x = torch.randn(3, 64)
@@ -55,8 +58,20 @@ def test_subclasses_of_a_handled_layer() -> None:
     assert [row.fused for row in rows] == [True, False]
     assert rows[1].reason == "its class overrides Linear4bit.forward"
     assert isinstance(renamed, Renamed)
+    assert type(renamed) is not Renamed
+    assert type(renamed).__qualname__ == Renamed.__qualname__
     assert type(doubling) is Doubling
     assert torch.equal(doubling(x), expected)
+
+
+def test_4bit_base_with_its_own_forward_is_called() -> None:
+    stock, fused = pair(make_mlp("nf4"))
+    for model in (stock, fused):
+        layer(model).base_layer.__class__ = Doubling
+    row = replace_layers(fused).rows[0]
+    assert (row.fused, row.reason) == (False, "base layer: its class overrides Linear4bit.forward")
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(fused)(x), layer(stock)(x))
 
 
 def test_nothing_is_recorded_by_looking() -> None:

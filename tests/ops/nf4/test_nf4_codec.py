@@ -15,14 +15,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODE = torch.tensor(NF4_CODE)
 
 
-def halfway_values() -> torch.Tensor:
-    """Every decision point between two codes and its neighbours in fp32, at several absmax, among ±absmax."""
+def decision_points(count: int) -> torch.Tensor:
+    """Blocks of every midpoint between two codes, and its neighbours in fp32, times an absmax: [count, 64].
+
+    With most absmax some element changes its index when w * (1 / absmax) is computed as w / absmax.
+    """
     points = (CODE[:-1] + CODE[1:]) / 2
     up, down = points.nextafter(torch.tensor(2.0)), points.nextafter(torch.tensor(-2.0))
-    block = torch.cat([points, up, down, torch.tensor([1.0, -1.0, 0.0, -0.0])])  # 49
-    return torch.cat(
-        [torch.cat([block * scale, block[:15] * scale]) for scale in (1.0, 0.75, 3.0, 1e-3, 1e4)]
-    )
+    block = torch.cat([points, up, down, torch.tensor([1.0, -1.0, 0.0, -0.0]), points])
+    absmax = torch.randn(count, 1, generator=torch.Generator().manual_seed(2)).exp()
+    return block * absmax
 
 
 def adversarial() -> dict[str, torch.Tensor]:
@@ -35,8 +37,7 @@ def adversarial() -> dict[str, torch.Tensor]:
         "negative zero": torch.full((64,), -0.0),
         "one element": torch.tensor([-2.5]),
         "constant": torch.full((4, 64), 0.3),
-        "decision points": halfway_values(),
-        "decision points in a partial block": halfway_values()[:49],
+        "decision points": decision_points(40),
         "code values": (CODE * 1.7).repeat(4),
         "one outlier a block": torch.where(torch.arange(512).view(8, 64) % 64 == 5, 1e4, normal),
         "largest floats": normal.clamp(-1, 1) * 3.4e38,
@@ -123,6 +124,12 @@ def test_random_tensors_equal_bitsandbytes(index: int) -> None:
 @pytest.mark.parametrize("name", list(adversarial()))
 def test_adversarial_tensors_equal_bitsandbytes(name: str, dtype: torch.dtype, double_quant: bool) -> None:
     assert_same_as_bitsandbytes(adversarial()[name].to(dtype), 64, double_quant)
+
+
+def test_decision_points_in_partial_blocks_equal_bitsandbytes() -> None:
+    for block in decision_points(40):
+        for size in (49, 63):
+            assert_same_as_bitsandbytes(block[:size], 64, double_quant=False)
 
 
 def test_many_blocks_double_quantised() -> None:
