@@ -96,7 +96,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The overload of op `op_name` to call with inputs like `tensor`: the dispatcher's choice or the reference.
+    """The overload of `op_name` to call for inputs like `tensor`: the dispatcher's choice, or the reference.
 
     Raises:
         RuntimeError: `use_backend("cpu")` is in force and `tensor` is not on the CPU or is float64.

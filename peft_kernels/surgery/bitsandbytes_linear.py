@@ -27,9 +27,9 @@ class Operands(NamedTuple):
 class FusedLinear4bit(FusedLayer):
     """`Linear4bit` in NF4: y = x W^T + bias, computed in `compute_dtype`, returned in the dtype of x.
 
-    As in bitsandbytes, `compute_dtype` is fixed by the first input if it was not given. Unlike there, it holds
-    under autocast too, the bytes are never rearranged in eval mode, which computes what training does, and
-    the bias parameter keeps its dtype.
+    As in bitsandbytes, `compute_dtype` is fixed by the first input if it was not given. Unlike there, it
+    holds under autocast too, the bytes are never rearranged in eval mode, which computes what training does,
+    and the bias parameter keeps its dtype.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Cached(NamedTuple):
     absmax: torch.Tensor
 
     def is_of(self, parameter: torch.Tensor, state: Any) -> bool:
-        # A merge makes a new parameter, state and all; `.data =` new bytes; moving the layer new absmax in the state.
+        # A merge makes a new parameter with a new state, `.data =` new bytes, moving the layer a new absmax.
         return self.state is state and self.absmax is state.absmax and self.data_ptr == parameter.data_ptr()
 
 

@@ -20,9 +20,6 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.xfail(
-    raises=UserWarning, reason="the adapted linear returns a view, which FSDP2 warns about", strict=True
-)
 def test_fully_shard(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 gathers a layer's parameters for the length of its forward; that is when the layer decides."""
     stock, fused = pair(make_mlp())

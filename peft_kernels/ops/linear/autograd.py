@@ -33,7 +33,8 @@ class AdaptedLinear(torch.autograd.Function):
         ctx.blocksizes = args.base[5:]
         ctx.scaling, ctx.dropout_p = args.scaling, args.dropout_p
         ctx.bias_dtype = None if args.bias is None else args.bias.dtype
-        out: torch.Tensor = y.reshape(*x.shape[:-1], args.out_features)
+        # Not reshape: autograd forbids in-place use of a view that a Function returns, as in `y += residual`.
+        out: torch.Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], args.out_features])
         return out
 
     @staticmethod

@@ -89,6 +89,11 @@ class NF4Weight:
         check_nf4_format(self.base_weight(), self.shape)
         if not self.packed.is_contiguous():
             raise ValueError(f"packed must be contiguous, got strides {self.packed.stride()}")
+        if self.packed.numel() % self.quant_storage.itemsize:
+            raise ValueError(
+                f"packed must hold whole elements of quant_storage {self.quant_storage}, "
+                f"got {self.packed.numel()} bytes; use quant_storage=torch.uint8"
+            )
 
     def base_weight(self) -> BaseWeight:
         """The parts in the order in which the ops take them."""
@@ -157,6 +162,8 @@ class NF4Weight:
                 "to its device first (layer.to('cpu') quantises it), or pass quant_state"
             )
         _require_nf4(state.quant_type, state.code)
+        if state.shape is None:
+            raise ValueError("quant_state.shape must be that of the weight, (N, K), got None; set it")
         data = packed.data if isinstance(packed, torch.nn.Parameter) else packed
         if getattr(state, "packing_format_for_cpu", False):
             return cls._from_cpu_layout(data, state)

@@ -233,6 +233,7 @@ def corrupted(**changes: Any) -> tuple[torch.Tensor, QuantState]:
         ),
         (corrupted(shape=torch.Size([8, 65])), "packed must be [(n+1)//2] = [260], got [256]"),
         (corrupted(absmax=torch.zeros(4, 2)), "absmax must be [ceil(n/blocksize)] = [8], got [4, 2]"),
+        (corrupted(shape=None), "quant_state.shape must be that of the weight, (N, K), got None"),
         (corrupted(blocksize=63), "blocksize must be one of 32, 64"),
         (
             corrupted(dtype=torch.float64),
@@ -251,6 +252,10 @@ def test_constructor_refuses() -> None:
     for changes, message in (
         ({"packed": spread}, "packed must be contiguous, got strides (2,)"),
         ({"quant_storage": torch.int8}, "quant_storage must be one of uint8, bfloat16, float16, float32"),
+        (
+            {"packed": w.packed[:255], "shape": (8, 63), "absmax": w.absmax, "quant_storage": torch.bfloat16},
+            "packed must",
+        ),
         ({"shape": (8, 63)}, "packed must be [(n+1)//2] = [252], got [256]"),
     ):
         fields = {**vars(w), **changes}
