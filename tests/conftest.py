@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import peft_kernels as pk
-from peft_kernels.core.library import native_library
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors (pyproject.toml), but for those that torch causes itself."""
+    """Warnings are errors (pyproject.toml), but for those that torch causes itself and for one of ours.
+
+    Without the native library the suite runs on the reference, and says so in the reasons for its skips.
+    That is why nothing here imports peft_kernels before this function has run.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:peft_kernels runs WITHOUT:RuntimeWarning")
     # Dynamo, on its way through any autograd.Function.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.:DeprecationWarning")  # importing inductor
@@ -49,6 +51,9 @@ def poison() -> Iterator[None]:
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
     """Run the test on the reference and on the native library, both over poisoned memory."""
+    import peft_kernels as pk
+    from peft_kernels.core.library import native_library
+
     if request.param == "native":
         if not native_library().loaded:
             pytest.skip(f"native library not loaded: {native_library().reason}")

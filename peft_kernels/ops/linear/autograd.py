@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.ops.linear.schema import ForwardArgs
+from peft_kernels.ops.linear.schema import ForwardArgs, base_weight
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -20,7 +20,7 @@ class AdaptedLinear(torch.autograd.Function):
         y, u, z = resolve("adapted_linear", x)(flatten(x), *rest, need.column_scale)
         ctx.save_for_backward(
             x if need.lora_a or need.input_scale else None,
-            *args.base[:5],
+            *base_weight(args)[:5],
             args.lora_a,
             args.lora_b,
             args.column_scale,
@@ -30,7 +30,7 @@ class AdaptedLinear(torch.autograd.Function):
             z if need.column_scale else None,
         )
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.blocksizes = args.base[5:]
+        ctx.blocksizes = base_weight(args)[5:]
         ctx.scaling, ctx.dropout_p = args.scaling, args.dropout_p
         ctx.bias_dtype = None if args.bias is None else args.bias.dtype
         # Not reshape: autograd forbids in-place use of a view that a Function returns, as in `y += residual`.

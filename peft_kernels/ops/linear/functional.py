@@ -212,4 +212,4 @@ def _fold_scaling(lora_b: torch.Tensor | None, scaling: torch.Tensor) -> torch.T
     """lora_b * scaling: gradients reach a scaling tensor, and no value is read back from the device."""
     if scaling.numel() != 1:
         raise ValueError(f"scaling must have one element, got {list(scaling.shape)}")
-    return None if lora_b is None else lora_b * scaling.reshape(()).to(lora_b.dtype)
+    return None if lora_b is None else lora_b * scaling.reshape(())

@@ -10,6 +10,7 @@ from peft_kernels.ops.linear.schema import (
     BackwardArgs,
     ForwardArgs,
     accumulate_dtype,
+    base_weight,
     check_adapted_linear,
     check_adapted_linear_backward,
 )
@@ -98,7 +99,7 @@ def _dense(a: ForwardArgs) -> torch.Tensor:
     """The weight [N, K] in the accumulate dtype; NF4 unrounded."""
     if a.absmax is not None:
         shape = (a.out_features, a.x.shape[1])
-        w: torch.Tensor = nf4_dequantize(*a.base, shape, torch.float32)
+        w: torch.Tensor = nf4_dequantize(*base_weight(a), shape, torch.float32)
     else:
         w = a.weight
     return w.to(accumulate_dtype(a.x.dtype))

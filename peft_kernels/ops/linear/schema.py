@@ -51,10 +51,10 @@ class ForwardArgs(NamedTuple):
     dropout_p: float
     seed: torch.Tensor | None  # int64 0-dim
 
-    @property
-    def base(self) -> BaseWeight:
-        """The frozen weight's part of the arguments."""
-        return BaseWeight(*self[1:8])
+
+def base_weight(args: ForwardArgs) -> BaseWeight:
+    """The frozen weight's part of the arguments (torch 2.10 cannot trace a NamedTuple's property)."""
+    return BaseWeight(*args[1:8])
 
 
 class BackwardArgs(NamedTuple):
@@ -111,7 +111,7 @@ def check_adapted_linear(args: ForwardArgs) -> None:
         raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {k}]")
     check_device("weight", args.weight, "x", x)
     if args.absmax is not None:
-        check_nf4_format(args.base, (n, k))
+        check_nf4_format(base_weight(args), (n, k))
     else:
         check_dtype("weight", args.weight, (x.dtype,), "convert it or x: a dense weight has the dtype of x")
         check_shape("weight", args.weight, "[N, K]", (n, k))
