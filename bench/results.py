@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -106,6 +107,11 @@ class Report:
     rooflines: list[Roofline]
     cases: list[CaseResult]
     interrupted: bool
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinity, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def write_json(report: Report, path: Path) -> None:

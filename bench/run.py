@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from .machine import usable_processors
 from .measure import Budget, Contestant, LocalContestant, Rounds, interleave
 from .oracle import compare
 from .registry import baselines, prepare
-from .results import CaseResult, ContestantResult, Measurement
+from .results import CaseResult, ContestantResult, Measurement, finite
 from .roofline import Roofline
 from .stats import MIN_CLEAN_ROUNDS, clean_seconds, median_band, paired_ratios
 from .worker import RemoteContestant, Workers
@@ -148,17 +147,12 @@ def _check_contestant(prepared: Prepared, name: str, threads: int) -> tuple[Cont
     if name == OURS and not check.passed:
         reason = f"{check.worst} is off by {check.tolerance_used:.3g} times its tolerance"
         return ContestantResult(
-            name, "failed", reason, _finite(check.error), _finite(check.tolerance_used)
+            name, "failed", reason, finite(check.error), finite(check.tolerance_used)
         ), programs
     result = ContestantResult(
-        name, "measured", error=_finite(check.error), tolerance_used=_finite(check.tolerance_used)
+        name, "measured", error=finite(check.error), tolerance_used=finite(check.tolerance_used)
     )
     return result, programs
-
-
-def _finite(value: float) -> float | None:
-    """The value, or None for NaN and infinity, which JSON cannot hold."""
-    return value if math.isfinite(value) else None
 
 
 def _rate(results: Results, rounds: Rounds, threads: int, prepared: Prepared, roofline_ms: float) -> Results:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from peft_kernels import diagnostics
-from peft_kernels.bench.run import finite
+from peft_kernels.bench.results import finite
 
 
 def main() -> int:

@@ -22,10 +22,9 @@ from peft_kernels.bench import registry
 from peft_kernels.bench.case import CHECK_SEED, OURS, Case
 from peft_kernels.bench.oracle import compare
 from peft_kernels.core.backend import backend_of
-from peft_kernels.core.library import NATIVE_LIBRARY_PATH, native_library
+from peft_kernels.core.library import BUILD_FAILURE_NOTE, native_library
 
 LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "numpy")
-BUILD_FAILURE_NOTE = NATIVE_LIBRARY_PATH.with_name("_native_build_failure.txt")  # left by setup.py
 ENVIRONMENT = ("PEFT_KERNELS_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
 
 ABSENT = "not installed"
@@ -90,8 +89,9 @@ def native() -> Section:
         "remedy": "install a C++20 compiler (Debian: apt-get install g++), then `make build` in a checkout; "
         "elsewhere `pip install -v --force-reinstall --no-deps --no-cache-dir` the package again",
     }
-    if BUILD_FAILURE_NOTE.is_file():
-        section["when it was built"] = BUILD_FAILURE_NOTE.read_text().rstrip()
+    note = record.path.with_name(BUILD_FAILURE_NOTE)
+    if note.is_file():
+        section["when it was built"] = note.read_text().rstrip()
     return section
 
 

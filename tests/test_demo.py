@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import math
+import re
 from pathlib import Path
 
 import peft
@@ -25,6 +26,7 @@ from word_polarity.words import Word, load_words, majority_share, parse_lexicon,
 # peft 0.21 asks transformers 5.23 for a property by its former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+QUICKSTART = Path(__file__).parent.parent / "docs" / "quickstart.md"
 WORDS = [Word(f"word{i}", positive=i % 3 == 0) for i in range(20)]
 
 
@@ -183,7 +185,6 @@ def model() -> peft.PeftModel:
     return add_lora(load_encoder(seed=0), seed=0).train()
 
 
-@pytest.mark.slow
 def test_unequal_masks_are_noticed(model):
     """Without shared masks the comparison must not pass for one: it stops at the first step."""
     fused = copy.deepcopy(model)
@@ -193,7 +194,6 @@ def test_unequal_masks_are_noticed(model):
         next(train_side_by_side(Trainer(copy.deepcopy(model), 1, 1e-3), Trainer(fused, 1, 1e-3), [batch]))
 
 
-@pytest.mark.slow
 def test_shared_masks_are_the_fused_ones(model):
     """Equal amounts of random numbers would also be drawn by unequal masks; equal losses need equal masks."""
     stock, fused = copy.deepcopy(model), copy.deepcopy(model)
@@ -212,7 +212,6 @@ def test_shared_masks_are_the_fused_ones(model):
     assert same < 1e-6 < TOLERANCE < other
 
 
-@pytest.mark.slow
 def test_three_steps_on_the_real_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "TIMING_ROUNDS", 1)
     monkeypatch.setattr(comparison, "load_words", lambda: load_words()[::20])
@@ -228,3 +227,21 @@ def test_three_steps_on_the_real_encoder(tmp_path, monkeypatch):
         path.name for path in Path(tmp_path).iterdir()
     }
     assert "37 of 37 layers fused" in screen.getvalue()
+
+
+def test_quick_start_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(
+        re.findall(r"^```python\n(.*?)^```", QUICKSTART.read_text(encoding="utf-8"), re.M | re.S)
+    )
+    names: dict[str, object] = {}
+    exec(compile(code, QUICKSTART.name, "exec"), names)
+    fused = names["report"].fused
+    assert len(names["report"].skipped) == 0
+    plain = sum(row.layer == "bitsandbytes.Linear4bit" for row in fused)
+    assert f"{len(fused) - plain} with LoRA and {plain} plain 4-bit ones" in QUICKSTART.read_text(
+        encoding="utf-8"
+    )
+    assert "layers fused" in capsys.readouterr().out
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    assert not pk.explain(names["model"]).fused

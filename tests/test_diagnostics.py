@@ -1,5 +1,6 @@
 """`python -m peft_kernels`: what it reports is what is, and a wrong kernel does not pass its self-test."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from peft_kernels import __main__ as command
 from peft_kernels import __version__, diagnostics
-from peft_kernels.core.library import NativeLibrary, native_library
+from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
 
 OPS = ("adapted_linear", "adapted_linear_backward", "nf4_dequantize", "nf4_quantize", "philox_dropout")
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
@@ -52,10 +53,9 @@ def test_report_names_the_library_and_the_kernels_in_use() -> None:
 def test_missing_library_is_explained_with_reason_remedy_and_build_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    note = tmp_path / "_native_build_failure.txt"
-    note.write_text("g++: fatal error: no input files\n")
-    monkeypatch.setattr(diagnostics, "native_library", lambda: MISSING)
-    monkeypatch.setattr(diagnostics, "BUILD_FAILURE_NOTE", note)
+    (tmp_path / BUILD_FAILURE_NOTE).write_text("g++: fatal error: no input files\n")
+    missing = dataclasses.replace(MISSING, path=tmp_path / "_native.so")
+    monkeypatch.setattr(diagnostics, "native_library", lambda: missing)
     section = diagnostics.native()
     assert section["NOT LOADED"] == MISSING.reason
     assert "make build" in section["remedy"]

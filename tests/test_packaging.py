@@ -71,8 +71,7 @@ def test_the_minimum_torch_is_the_same_everywhere() -> None:
     assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}" in (ROOT / "CMakeLists.txt").read_text()
 
 
-def test_the_version_is_the_same_everywhere() -> None:
-    assert PROJECT["version"] == __version__
+def test_the_version_has_an_entry_in_the_changelog() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -150,7 +150,8 @@ def save_plot(outcome: Outcome, path: Path) -> None:
     losses.legend()
     floor = 1e-8  # equal losses have no place on a logarithmic axis: draw them at its lower end
     differences.plot(outcome.loss_differences.clamp(min=floor), color="tab:gray", linewidth=1)
-    differences.axhline(TOLERANCE, color="tab:red", linestyle="--", label="allowed")
-    differences.set(yscale="log", ylim=(floor, 1e-3), xlabel="step", ylabel="relative difference")
-    differences.legend(loc="lower right")
+    differences.axhline(TOLERANCE, color="tab:red", linestyle="--")
+    below = {"xytext": (0, -4), "textcoords": "offset points", "verticalalignment": "top"}
+    differences.annotate("allowed", (0, TOLERANCE), color="tab:red", **below)
+    differences.set(yscale="log", ylim=(floor, None), xlabel="step", ylabel="relative difference")
     figure.savefig(path, dpi=120)

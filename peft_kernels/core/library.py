@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 NATIVE_LIBRARY_PATH = Path(__file__).resolve().parent.parent / "_native.so"
+BUILD_FAILURE_NOTE = "_native_build_failure.txt"  # beside it, left by setup.py where the build failed
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def native_library() -> NativeLibrary:
 
 def _load(path: Path) -> str | None:
     """Load the library; the reason when that fails."""
+    if path.with_name(BUILD_FAILURE_NOTE).is_file():
+        return "it could not be built; `python -m peft_kernels` shows the errors of the build"
     if not path.is_file():
         return f"{path} does not exist"
     try:

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 import peft_kernels as pk
-from peft_kernels.core.library import NATIVE_LIBRARY_PATH, load_native_library, native_library
+from peft_kernels.core.library import (
+    BUILD_FAILURE_NOTE,
+    NATIVE_LIBRARY_PATH,
+    load_native_library,
+    native_library,
+)
 
 PACKAGE = Path(pk.__file__).parent
 IMPORT_AND_RUN = """
@@ -20,7 +25,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import peft_kernels as pk
     import peft_kernels.nn, peft_kernels.surgery
-    from peft_kernels.core.library import native_library
+    from peft_kernels.core.library import BUILD_FAILURE_NOTE, native_library
     native_library()
 import torch
 w = pk.functional.nf4_quantize(torch.randn(16, 64), double_quant=True)
@@ -53,6 +58,12 @@ def test_missing_library_is_reported_with_a_remedy(tmp_path: Path) -> None:
     assert not record.loaded
     assert record.reason == f"{tmp_path / '_native.so'} does not exist"
     assert (record.capability, record.capabilities_found) == (None, ())
+
+
+def test_failed_build_is_reported_as_such(tmp_path: Path) -> None:
+    (tmp_path / BUILD_FAILURE_NOTE).write_text("g++: fatal error\n")
+    with pytest.warns(RuntimeWarning, match="could not be built; `python -m peft_kernels` shows the errors"):
+        assert not load_native_library(tmp_path / "_native.so").loaded
 
 
 def test_broken_library_is_reported_with_the_loaders_words(tmp_path: Path) -> None:
