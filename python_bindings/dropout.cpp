@@ -6,7 +6,7 @@ namespace {
 
 Tensor philox_dropout(const Tensor& x_, double p, const Tensor& seed) {
   const Tensor x = as_contiguous(x_);
-  Tensor out = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
+  Tensor out = empty(x, x.sizes(), x.scalar_type());
   cpu::kernels().philox_dropout(array("x", x), x.numel(), make_dropout(p, seed), output(out), torch_threads());
   return out;
 }

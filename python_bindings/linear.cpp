@@ -1,6 +1,7 @@
 // adapted_linear and adapted_linear_backward for CPU tensors; schemas in peft_kernels/ops/linear/schema.py. A dense
 // weight's product is the vendor GEMM's, through torch; our kernels add the rest to it.
 #include <array>
+#include <cmath>
 #include <tuple>
 
 #include "tensors.h"
@@ -19,7 +20,9 @@ void vendor_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
     return to<Tensor>(stack[0]);
   };
   std::array<StableIValue, 3> stack{from(detach(a)), from(detach(b)), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  explained("the product with a dense weight failed", [&] {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  });
   to<Tensor>(stack[0]);  // takes back the reference that the dispatcher returned
 }
 
@@ -36,6 +39,7 @@ Tensor multiply(const Tensor& a, const Tensor& b) {  // a * b in a's dtype
 struct Operands {
   int64_t tokens, in_features, out_features;
   Tensor x;
+  const void* x_data;  // null where the values are not read
   std::optional<NF4Tensors> nf4;
   Tensor dense_weight;  // where nf4 is absent
   OptionalTensor lora_a, lora_b, column_scale, input_scale;
@@ -53,6 +57,7 @@ struct Operands {
         column_scale(as_contiguous(column_scale_)),
         input_scale(as_contiguous(input_scale_)) {
     STD_TORCH_CHECK(x.dim() == 2, "x must be [M, K], got ", shape_of(x));
+    x_data = reads_x ? data_of("x", x) : nullptr;
     tokens = x.size(0);
     in_features = x.size(1);
     check_shape("x", x, {tokens, in_features});
@@ -60,13 +65,16 @@ struct Operands {
                     ", ", in_features, "]");
     if (absmax) {
       nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                  out_features * in_features);
+                  checked_product(out_features, in_features));
     } else {
       check_shape("weight", weight, {out_features, in_features});
       check_dtype("weight", weight, x.scalar_type());
       dense_weight = weight;
     }
+    STD_TORCH_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
     STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b must be given together");
+    const cpu::Dropout dropout = make_dropout(dropout_p, seed);
+    STD_TORCH_CHECK(lora_a || dropout_p == 0.0, "dropout_p must be 0 without lora_a and lora_b, got ", dropout_p);
     if (lora_a) {
       STD_TORCH_CHECK(lora_a->dim() == 2 && lora_a->size(0) > 0, "lora_a must be [r, K] with r > 0, got ",
                       shape_of(*lora_a));
@@ -76,10 +84,21 @@ struct Operands {
       lowrank.a = array("lora_a", lora_a);
       lowrank.b = array("lora_b", lora_b);
       lowrank.scaling = static_cast<float>(scaling);
-      lowrank.dropout = make_dropout(dropout_p, seed);
+      lowrank.dropout = dropout;
+      check_float32_or_like_x("lora_a", *lora_a);
+      check_dtype("lora_b", *lora_b, lora_a->scalar_type());
     }
-    if (column_scale) check_shape("column_scale", *column_scale, {out_features});
-    if (input_scale) check_shape("input_scale", *input_scale, {in_features});
+    check_vector("column_scale", column_scale, out_features);
+    check_vector("input_scale", input_scale, in_features);
+  }
+
+  void check_float32_or_like_x(const char* name, const Tensor& t) const {
+    if (t.scalar_type() != ScalarType::Float) check_dtype(name, t, x.scalar_type());
+  }
+  void check_vector(const char* name, const OptionalTensor& t, int64_t size) const {
+    if (!t) return;
+    check_shape(name, *t, {size});
+    check_float32_or_like_x(name, *t);
   }
 
   // Writes the members that AdaptedLinear and AdaptedLinearBackward have in common.
@@ -88,7 +107,7 @@ struct Operands {
     p.tokens = tokens;
     p.in_features = in_features;
     p.out_features = out_features;
-    p.x = array("x", x);
+    p.x = {x_data, dtype_of("x", x.scalar_type())};
     if (nf4) p.nf4 = nf4->weight;
     p.lowrank = lowrank;
     p.column_scale = array("column_scale", column_scale);
@@ -105,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
   const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
                     out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed, true);
   const OptionalTensor bias = as_contiguous(bias_);
-  if (bias) check_shape("bias", *bias, {out_features});
+  in.check_vector("bias", bias, out_features);
   const int64_t tokens = in.tokens, rank = in.lowrank.rank;
   const ScalarType dtype = in.x.scalar_type();
   Tensor y = empty(in.x, {tokens, out_features}, dtype);
@@ -150,8 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   problem.grad = array("grad", grad);
   // An output that is not asked for is an empty tensor of its parameter's dtype.
   const auto gradient = [&](bool needed, const OptionalTensor& of, cpu::MutableArray& slot) {
-    Tensor t = needed ? torch::stable::new_empty(in.x, of->sizes(), of->scalar_type())
-                      : empty(in.x, {0}, of ? of->scalar_type() : dtype);
+    Tensor t = needed ? empty(in.x, of->sizes(), of->scalar_type()) : empty(in.x, {0}, of ? of->scalar_type() : dtype);
     if (needed) slot = output(t);
     return t;
   };
@@ -162,11 +180,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     STD_TORCH_CHECK(u.has_value(), "need_lora_b needs u, the forward's second output");
     check_shape("u", *u, {tokens, rank});
     check_dtype("u", *u, ScalarType::Float);
-    problem.u = static_cast<const float*>(u->const_data_ptr());
+    problem.u = data_of<float>("u", *u);
   }
   if (need_column_scale) {
     STD_TORCH_CHECK(in.column_scale && z, "need_column_scale needs column_scale and z, the forward's third output");
     check_shape("z", *z, {tokens, in.out_features});
+    check_dtype("z", *z, dtype);
     problem.z = array("z", z);
   }
   STD_TORCH_CHECK(!need_input_scale || in.input_scale, "need_input_scale needs input_scale");

@@ -1,6 +1,9 @@
 #include "tensors.h"
 
 #include <bit>
+#include <exception>
+#include <mutex>
+#include <new>
 
 namespace peft_kernels::bindings {
 
@@ -11,13 +14,15 @@ int blocksize_log2(const char* name, int64_t blocksize) {
 }
 
 cpu::Dropout make_dropout(double p, const OptionalTensor& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout probability must be in [0, 1), got ", p);
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+  if (seed) {
+    check_shape("seed", *seed, {});
+    check_dtype("seed", *seed, ScalarType::Long);
+  }
   if (p == 0.0) return {};
-  STD_TORCH_CHECK(seed.has_value(), "dropout with p = ", p, " needs a seed: an int64 tensor with one value");
-  check_shape("seed", *seed, {});
-  check_dtype("seed", *seed, ScalarType::Long);
-  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())),
-          static_cast<uint32_t>(p * 0x1p32), static_cast<float>(1.0 / (1.0 - p))};
+  STD_TORCH_CHECK(seed.has_value(), "seed must be given when dropout_p > 0; pass an int64 0-dim tensor");
+  return {static_cast<uint64_t>(*data_of<int64_t>("seed", *seed)), static_cast<uint32_t>(p * 0x1p32),
+          static_cast<float>(1.0 / (1.0 - p))};
 }
 
 NF4Tensors::NF4Tensors(const Tensor& packed_, const Tensor& absmax_, const OptionalTensor& nested_absmax_,
@@ -32,13 +37,13 @@ NF4Tensors::NF4Tensors(const Tensor& packed_, const Tensor& absmax_, const Optio
   check_shape("packed weight", packed, {(count + 1) / 2});
   check_dtype("packed weight", packed, ScalarType::Byte);
   check_shape("absmax", absmax, {blocks});
-  weight.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  weight.packed = data_of<uint8_t>("packed weight", packed);
   const bool nested = nested_absmax.has_value();
   STD_TORCH_CHECK(nested_code.has_value() == nested && nested_offset.has_value() == nested,
                   "nested_absmax, nested_code and nested_offset must be given together or not at all");
   if (!nested) {
     check_dtype("absmax", absmax, ScalarType::Float);
-    weight.absmax = static_cast<const float*>(absmax.const_data_ptr());
+    weight.absmax = data_of<float>("absmax", absmax);
     return;
   }
   weight.nested_blocksize_log2 = blocksize_log2("nested_blocksize", nested_blocksize);
@@ -49,15 +54,26 @@ NF4Tensors::NF4Tensors(const Tensor& packed_, const Tensor& absmax_, const Optio
   check_dtype("nested_absmax", *nested_absmax, ScalarType::Float);
   check_dtype("nested_code", *nested_code, ScalarType::Float);
   check_dtype("nested_offset", *nested_offset, ScalarType::Float);
-  weight.absmax_codes = static_cast<const uint8_t*>(absmax.const_data_ptr());
-  weight.nested_absmax = static_cast<const float*>(nested_absmax->const_data_ptr());
-  weight.nested_code = static_cast<const float*>(nested_code->const_data_ptr());
-  weight.nested_offset = *static_cast<const float*>(nested_offset->const_data_ptr());
+  weight.absmax_codes = data_of<uint8_t>("absmax", absmax);
+  weight.nested_absmax = data_of<float>("nested_absmax", *nested_absmax);
+  weight.nested_code = data_of<float>("nested_code", *nested_code);
+  weight.nested_offset = *data_of<float>("nested_offset", *nested_offset);
 }
 
 cpu::ThreadPool torch_threads() {
   return {[](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
-    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+    // An exception must not cross torch's C interface: the first is kept, and thrown again when all threads are done.
+    std::exception_ptr failure;
+    std::mutex guard;
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      try {
+        body(context, begin, end);
+      } catch (const std::bad_alloc&) {  // for scratch: all that a kernel can throw
+        const std::lock_guard<std::mutex> lock(guard);
+        failure = std::current_exception();
+      }
+    });
+    if (failure) std::rethrow_exception(failure);
   }};
 }
 

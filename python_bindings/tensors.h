@@ -10,6 +10,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cpu/api.h"
@@ -19,6 +20,21 @@ namespace peft_kernels::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// torch 2.10's stable ABI says that a call failed, not why; later releases can be asked (weak: absent in earlier ones).
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// call(), with torch's own words where torch throws.
+template <class Call>
+auto explained(const char* what, const Call& call) {
+  try {
+    return call();
+  } catch (const std::runtime_error& error) {
+    const bool known = torch_exception_get_what_without_backtrace != nullptr;
+    throw std::runtime_error(std::string(what) + ": " +
+                             (known ? torch_exception_get_what_without_backtrace() : error.what()));
+  }
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -44,8 +60,8 @@ inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
                   torch::headeronly::toString(t.scalar_type()));
 }
 
-inline cpu::DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
+inline cpu::DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return cpu::DType::kFloat32;
     case ScalarType::BFloat16:
@@ -53,22 +69,45 @@ inline cpu::DType dtype_of(const char* name, const Tensor& t) {
     case ScalarType::Half:
       return cpu::DType::kFloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(t.scalar_type()),
-                      "; the reference takes float64: use peft_kernels.functional");
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   }
 }
 
+// The tensor's memory. Where it was freed, as FSDP does between uses, an error: absence is what a null pointer means.
+inline const void* data_of(const char* name, const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, name,
+                  " must have memory, got a tensor whose storage was freed; gather the sharded parameter first");
+  return data;
+}
+template <class T>
+const T* data_of(const char* name, const Tensor& t) {
+  return static_cast<const T*>(data_of(name, t));
+}
+
 // A contiguous tensor: the caller's own, or a copy where it has other strides. Keep it alive while its pointer is used.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t
+                           : explained("no memory for a contiguous copy", [&] { return torch::stable::contiguous(t); });
+}
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
-inline cpu::Array array(const char* name, const Tensor& t) { return {t.const_data_ptr(), dtype_of(name, t)}; }
+inline cpu::Array array(const char* name, const Tensor& t) {
+  return {data_of(name, t), dtype_of(name, t.scalar_type())};
+}
 inline cpu::Array array(const char* name, const OptionalTensor& t) { return t ? array(name, *t) : cpu::Array{}; }
-inline cpu::MutableArray output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of("output", t)}; }
+inline cpu::MutableArray output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of("output", t.scalar_type())}; }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  return explained("no memory for a result", [&] { return torch::stable::new_empty(like, shape, dtype); });
+}
+
+// a * b, refused where it does not fit: sizes come from the caller.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product),
+                  "weight must have at most 2^63 elements, got ", a, " x ", b);
+  return product;
 }
 
 // Philox dropout with probability p; inactive for p = 0.

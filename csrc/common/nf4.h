@@ -1,4 +1,4 @@
-// The NF4 format: the one place in C++ that knows it. Shared by g++ and nvcc.
+// The NF4 format: the one place in C++ that knows it.
 //
 // A weight [N, K] is stored row-major as 4-bit codes, two to a byte. Element e (flat, row-major) sits in byte e / 2:
 // the HIGH nibble holds the even e, the low nibble the odd e. A last odd element leaves its low nibble unused.

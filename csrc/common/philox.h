@@ -9,12 +9,6 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PK_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 namespace peft_kernels {
 
 inline constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
@@ -25,7 +19,7 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-PK_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+inline __attribute__((always_inline)) PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;

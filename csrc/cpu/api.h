@@ -20,7 +20,8 @@ struct MutableArray {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// The caller's thread pool. Runs body(context, begin, end) over disjoint ranges that cover [0, tasks).
+// The caller's thread pool. Runs body(context, begin, end) over disjoint ranges that cover [0, tasks), and nothing else
+// on their threads until it returns (scratch belongs to the thread: scratch.h).
 struct ThreadPool {
   void (*parallel_for)(int64_t tasks, void* context, void (*body)(void* context, int64_t begin, int64_t end));
 };

@@ -3,20 +3,21 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "api.h"
 
 namespace peft_kernels::cpu {
 
 namespace portable {
-const Kernels* table(const char* name);
+extern const Kernels kTable;
 }
-#if defined(__x86_64__)
+#if defined(PEFT_KERNELS_X86_64)  // CMakeLists.txt builds these objects
 namespace avx2 {
-const Kernels* table(const char* name);
+extern const Kernels kTable;
 }
 namespace avx512 {
-const Kernels* table(const char* name);
+extern const Kernels kTable;
 }
 #endif
 
@@ -24,23 +25,22 @@ namespace {
 
 // Each set this processor runs, best last.
 struct Available {
-  const Kernels* tables[3];
-  int count = 0;
+  std::vector<const Kernels*> tables;
   std::string names;
 
   void add(const Kernels* table) {
-    tables[count++] = table;
+    tables.push_back(table);
     names += (names.empty() ? "" : ",") + std::string(table->name);
   }
   Available() {
-    add(portable::table("portable"));
-#if defined(__x86_64__)
+    add(&portable::kTable);
+#if defined(PEFT_KERNELS_X86_64)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) add(avx2::table("avx2"));
-    if (avx512) add(avx512::table("avx512"));
+    if (avx2) add(&avx2::kTable);
+    if (avx512) add(&avx512::kTable);
 #endif
   }
 };
@@ -52,7 +52,7 @@ const Available& available() {
 
 const Kernels& choose() {
   const char* forced = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
-  if (forced == nullptr || *forced == '\0') return *available().tables[available().count - 1];
+  if (forced == nullptr || *forced == '\0') return *available().tables.back();
   const Kernels* table = kernels_named(forced);
   if (table == nullptr) {
     throw std::invalid_argument("PEFT_KERNELS_CPU_CAPABILITY must be one of " + available().names +
@@ -71,9 +71,8 @@ const Kernels& kernels() {
 const char* capabilities() { return available().names.c_str(); }
 
 const Kernels* kernels_named(const char* name) {
-  const Available& sets = available();
-  for (int i = 0; i < sets.count; ++i) {
-    if (std::strcmp(sets.tables[i]->name, name) == 0) return sets.tables[i];
+  for (const Kernels* table : available().tables) {
+    if (std::strcmp(table->name, name) == 0) return table;
   }
   return nullptr;
 }

@@ -15,7 +15,7 @@ namespace {
 struct Case {
   int64_t tokens, in_features, out_features, rank;
   DType dtype, adapter_dtype;
-  int blocksize_log2;
+  int blocksize_log2, nested_blocksize_log2;
   bool nested, dense, dropout, column_scale, input_scale, bias;
 };
 
@@ -40,9 +40,9 @@ class Problem {
     AdaptedLinear forward;
     fill(forward);
     forward.bias = bias.array();
-    forward.base = base.array();
     const auto run_forward = [&](ThreadPool pool, Output& y_, Output& z_, Output& u_) {
       forward.y = y_.array();
+      if (c_.dense) forward.base = y_.hold(base);  // as the bindings do: the product arrives in y
       forward.z = z_.array();
       forward.u = static_cast<float*>(u_.array().data);
       table.adapted_linear(forward, pool);
@@ -77,10 +77,11 @@ class Problem {
     absmax.resize(static_cast<size_t>(blocks));
     codes.resize(absmax.size());
     nested_code = random.normals(256);
-    nested_absmax = random.normals((blocks + 255) / 256);
+    nested_absmax = random.normals((blocks >> c_.nested_blocksize_log2) + 1);
     for (size_t i = 0; i < absmax.size(); ++i) {
       codes[i] = static_cast<uint8_t>(random.below(256));
-      absmax[i] = c_.nested ? nested_code[codes[i]] * nested_absmax[i / 256] + 0.25f : std::fabs(random.normal());
+      absmax[i] = c_.nested ? nested_code[codes[i]] * nested_absmax[i >> c_.nested_blocksize_log2] + 0.25f
+                            : std::fabs(random.normal());
     }
     nf4.packed = packed.data();
     nf4.blocksize_log2 = c_.blocksize_log2;
@@ -89,7 +90,7 @@ class Problem {
       nf4.nested_code = nested_code.data();
       nf4.nested_absmax = nested_absmax.data();
       nf4.nested_offset = 0.25f;
-      nf4.nested_blocksize_log2 = 8;
+      nf4.nested_blocksize_log2 = c_.nested_blocksize_log2;
     } else {
       nf4.absmax = absmax.data();
     }
@@ -159,7 +160,6 @@ class Problem {
     AdaptedLinearBackward p;
     fill(p);
     p.grad = grad.array();
-    p.base = base_of_grad.array();
     p.u = static_cast<const float*>(u.array().data);
     const MutableArray z_array = z.array();
     p.z = {z_array.data, z_array.dtype};
@@ -173,6 +173,7 @@ class Problem {
     };
     const auto run = [&](ThreadPool pool, Gradients& g) {
       p.dx = g.dx.array();
+      if (c_.dense) p.base = g.dx.hold(base_of_grad);
       if (R != 0) p.dlora_a = g.da.array(), p.dlora_b = g.db.array();
       if (c_.column_scale) p.dcolumn_scale = g.dc.array();
       if (c_.input_scale) p.dinput_scale = g.dl.array();
@@ -182,8 +183,11 @@ class Problem {
     Gradients g = make(), g3 = make();
     run(threads<1>(), g);
     run(threads<3>(), g3);
-    CHECK(g.dx == g3.dx && g.da == g3.da && g.db == g3.db && g.dbias == g3.dbias,
+    CHECK(g.dx == g3.dx && g.da == g3.da && g.db == g3.db && g.dbias == g3.dbias &&
+              (!c_.column_scale || g.dc == g3.dc) && (!c_.input_scale || g.dl == g3.dl),
           "%s: gradients differ between 1 and 3 threads", table.name);
+
+    check_each_gradient_alone(table, p, g.dx, g.da, g.db, g.dc, g.dl, g.dbias);
 
     const double unit = 0x1p-23;
     Sums edu, bdu;  // du
@@ -271,6 +275,30 @@ class Problem {
     g.dbias.check_close("dbias", ebias, bbias);
   }
 
+  // A gradient is the same whether or not others are asked for.
+  void check_each_gradient_alone(const Kernels& table, const AdaptedLinearBackward& all, const Output& dx,
+                                 const Output& da, const Output& db, const Output& dc, const Output& dl,
+                                 const Output& dbias) const {
+    const auto check = [&](MutableArray AdaptedLinearBackward::* slot, const Output& expected) {
+      if (!(all.*slot)) return;
+      AdaptedLinearBackward p = all;
+      p.dx = p.dlora_a = p.dlora_b = p.dcolumn_scale = p.dinput_scale = p.dbias = MutableArray{};
+      Output alone(expected);
+      alone.poison();
+      p.*slot = alone.array();
+      Output product(c_.dtype, M * K);  // where dx is not asked for, the dense product has memory of its own
+      if (c_.dense) p.base = slot == &AdaptedLinearBackward::dx ? alone.hold(base_of_grad) : product.hold(base_of_grad);
+      table.adapted_linear_backward(p, threads<2>());
+      CHECK(alone == expected, "%s: a gradient changes when it is computed alone", table.name);
+    };
+    check(&AdaptedLinearBackward::dx, dx);
+    check(&AdaptedLinearBackward::dlora_a, da);
+    check(&AdaptedLinearBackward::dlora_b, db);
+    check(&AdaptedLinearBackward::dcolumn_scale, dc);
+    check(&AdaptedLinearBackward::dinput_scale, dl);
+    check(&AdaptedLinearBackward::dbias, dbias);
+  }
+
   double dz(int64_t m, int64_t n) const { return grad[m * N + n] * at(column_scale, n, 1); }
 
   Case c_;
@@ -285,29 +313,31 @@ class Problem {
 }  // namespace
 
 int main() {
-  constexpr int64_t kTokens[] = {0, 1, 2, 3, 5, 8, 9, 13, 31, 64, 193, 270};
+  constexpr int64_t kTokens[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 31, 48, 49, 64, 192, 193, 270};
   constexpr int64_t kInFeatures[] = {1, 31, 32, 64, 100, 160, 256, 384, 577};
   constexpr int64_t kOutFeatures[] = {1, 3, 16, 33, 64, 130, 260};
   constexpr int64_t kRanks[] = {0, 1, 3, 4, 8, 16, 33, 260};
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   Random random(3);
   const auto pick = [&](const auto& from) { return from[random.below(static_cast<int64_t>(std::size(from)))]; };
-  for (int i = 0; i < 120; ++i) {
+  for (int i = 0; i < 200; ++i) {
     const DType dtype = pick(kDTypes);
     const bool any[] = {false, true};
-    const Case c{pick(kTokens),
-                 pick(kInFeatures),
-                 pick(kOutFeatures),
-                 pick(kRanks),
-                 dtype,
-                 pick(any) ? dtype : DType::kFloat32,
-                 5 + static_cast<int>(random.below(8)),
-                 pick(any),
-                 random.below(5) == 0,
-                 pick(any),
-                 pick(any),
-                 pick(any),
-                 pick(any)};
+    const auto log2 = [&] { return 5 + static_cast<int>(random.below(8)); };
+    const Case c{.tokens = pick(kTokens),
+                 .in_features = pick(kInFeatures),
+                 .out_features = pick(kOutFeatures),
+                 .rank = pick(kRanks),
+                 .dtype = dtype,
+                 .adapter_dtype = pick(any) ? dtype : DType::kFloat32,
+                 .blocksize_log2 = log2(),
+                 .nested_blocksize_log2 = log2(),
+                 .nested = pick(any),
+                 .dense = random.below(5) == 0,
+                 .dropout = pick(any),
+                 .column_scale = pick(any),
+                 .input_scale = pick(any),
+                 .bias = pick(any)};
     Problem problem(c, random);
     for (const Kernels* table : all_kernels()) problem.check(*table);
   }

@@ -1,4 +1,4 @@
-// The NF4 codec: decode is exact, encode is exact with ties upwards to the lower code, ragged sizes included.
+// The NF4 codec: decode is exact, encode is exact with ties going to the lower code, ragged sizes included.
 #include "common/nf4.h"
 
 #include "testing.h"

@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
+#include <sstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -27,9 +30,8 @@ namespace peft_kernels::cpu::testing {
 // Every table that this processor runs.
 inline std::vector<const Kernels*> all_kernels() {
   std::vector<const Kernels*> tables;
-  for (const char* name : {"portable", "avx2", "avx512"}) {
-    if (const Kernels* table = kernels_named(name)) tables.push_back(table);
-  }
+  std::istringstream names(capabilities());
+  for (std::string name; std::getline(names, name, ',');) tables.push_back(kernels_named(name.c_str()));
   return tables;
 }
 
@@ -97,6 +99,14 @@ class Output {
       bits16_.assign(static_cast<size_t>(count), 0x7fff);  // a NaN in both 16-bit formats
     }
   }
+  void poison() { *this = Output(dtype_, count_); }
+  // Copies `values`, of this array's dtype, into it, and returns it as an input.
+  Array hold(const Values& values) {
+    const MutableArray here = array();
+    const size_t bytes = static_cast<size_t>(count_) * (dtype_ == DType::kFloat32 ? 4 : 2);
+    if (bytes != 0) std::memcpy(here.data, values.array().data, bytes);
+    return {here.data, here.dtype};
+  }
   MutableArray array() {
     return {dtype_ == DType::kFloat32 ? static_cast<void*>(floats_.data()) : bits16_.data(), dtype_};
   }
@@ -110,7 +120,7 @@ class Output {
   // |this - expected| <= bound[i] for every element, where bound grows by one rounding to this array's dtype.
   void check_close(const char* what, const std::vector<double>& expected, const std::vector<double>& bound) const {
     const double unit = dtype_ == DType::kFloat32 ? 0x1p-24 : (dtype_ == DType::kBFloat16 ? 0x1p-8 : 0x1p-11);
-    const double least = dtype_ == DType::kFloat16 ? 0x1p-24 : 0x1p-126;  // spacing of subnormals
+    const double least = dtype_ == DType::kFloat16 ? 0x1p-24 : 0x1p-126;  // error where results are subnormal
     for (int64_t i = 0; i < count_; ++i) {
       const size_t at = static_cast<size_t>(i);
       const double allowed = bound[at] + unit * (std::fabs(expected[at]) + bound[at]) + least;

@@ -44,15 +44,17 @@ void backward_du(const AdaptedLinearBackward& p, float* du, ThreadPool pool) {
   });
 }
 
-// left^T in blocks of kBlockDepth tokens: dst[block][j][t] = src[block * kBlockDepth + t][j], for src [M, rank].
-void transpose_tokens(const float* src, int64_t tokens, int64_t rank, float* dst) {
-  for (int64_t m = 0; m < tokens; ++m) {
-    float* column = dst + m / kBlockDepth * kBlockDepth * rank + m % kBlockDepth;
-    for (int64_t j = 0; j < rank; ++j) column[j * kBlockDepth] = src[m * rank + j];
-  }
+// src^T in blocks of kBlockDepth tokens: dst[block][j][t] = src[block * kBlockDepth + t][j], for src [M, rank].
+void transpose_tokens(const float* src, int64_t tokens, int64_t rank, float* dst, ThreadPool pool) {
+  parallel(pool, ceil_div(tokens, kBlockDepth), [&](int64_t block) {
+    const int64_t first = block * kBlockDepth, count = lesser(kBlockDepth, tokens - first);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t j = 0; j < rank; ++j) dst[first * rank + j * kBlockDepth + t] = src[(first + t) * rank + j];
+    }
+  });
 }
 inline int64_t transposed_size(int64_t tokens, int64_t rank) {
-  return slice_size(ceil_div(tokens, kBlockDepth) * kBlockDepth * rank);
+  return ceil_div(tokens, kBlockDepth) * kBlockDepth * rank;
 }
 
 // dB = scaling * dz^T u, d bias = sum g, d column_scale = sum g * z; tasks own output features.
@@ -245,30 +247,27 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
 
 void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
   const int64_t rank = p.lowrank.rank;
-  const bool few = !p.base && p.tokens <= kGemvByInputTokens && rows_are_whole_blocks(p.nf4, p.in_features);
-  const int64_t transposed = transposed_size(p.tokens, rank),
-                few_size = few ? slice_size(p.tokens * p.out_features) : 0;
-  Slice caller{caller_scratch(
-      static_cast<size_t>(slice_size(p.tokens * rank) + 2 * transposed + few_size + slice_size(p.out_features)))};
-  float* du = caller.take(p.tokens * rank);
-  float* du_transposed = caller.take(transposed);
-  float* u_transposed = caller.take(transposed);
-  if (rank != 0 && (p.dx || p.dlora_a)) {
-    backward_du(p, du, pool);
-    if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed);
+  const bool need_du = rank != 0 && (p.dx || p.dlora_a), through_weight = p.dx || p.dinput_scale;
+  const bool few =
+      through_weight && !p.base && p.tokens <= kGemvByInputTokens && rows_are_whole_blocks(p.nf4, p.in_features);
+  const int64_t du_size = need_du ? p.tokens * rank : 0, few_size = few ? p.tokens * p.out_features : 0;
+  const int64_t du_transposed_size = p.dlora_a ? transposed_size(p.tokens, rank) : 0;
+  const int64_t u_transposed_size = p.dlora_b ? transposed_size(p.tokens, rank) : 0;
+  const int64_t scale_size = few && p.column_scale ? p.out_features : 0;
+  Slice caller{caller_scratch(static_cast<size_t>(slice_size(du_size) + slice_size(du_transposed_size) +
+                                                  slice_size(u_transposed_size) + slice_size(few_size) +
+                                                  slice_size(scale_size)))};
+  float* du = caller.take(du_size);
+  float* du_transposed = caller.take(du_transposed_size);
+  float* u_transposed = caller.take(u_transposed_size);
+  float* few_dz = few ? caller.take(few_size) : nullptr;
+  if (need_du) backward_du(p, du, pool);
+  if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed, pool);
+  if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed, pool);
+  if (p.dlora_b || p.dbias || p.dcolumn_scale) backward_outputs(p, u_transposed, pool);
+  if (few) {
+    const float* column_scale = optional_as_float(p.column_scale, 0, p.out_features, caller.take(scale_size));
+    for (int64_t m = 0; m < p.tokens; ++m) load_dz(p, m, 0, p.out_features, column_scale, few_dz + m * p.out_features);
   }
-  if (p.dlora_b || p.dbias || p.dcolumn_scale) {
-    if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed);
-    backward_outputs(p, u_transposed, pool);
-  }
-  if (p.dx || p.dlora_a || p.dinput_scale) {
-    float* few_dz = nullptr;
-    if (few) {
-      few_dz = caller.take(few_size);
-      const float* column_scale = optional_as_float(p.column_scale, 0, p.out_features, caller.take(p.out_features));
-      for (int64_t m = 0; m < p.tokens; ++m)
-        load_dz(p, m, 0, p.out_features, column_scale, few_dz + m * p.out_features);
-    }
-    backward_inputs(p, du, du_transposed, few_dz, pool);
-  }
+  if (through_weight || p.dlora_a) backward_inputs(p, du, du_transposed, few_dz, pool);
 }

@@ -269,8 +269,9 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
 
 void adapted_linear(const AdaptedLinear& p, ThreadPool pool) {
   if (p.lowrank.rank != 0) lowrank_down(p, pool);
+  if (p.tokens == 0) return;
   if (!p.base && p.tokens <= kGemvTokens && rows_are_whole_blocks(p.nf4, p.in_features)) {
-    if (p.tokens != 0) forward_gemv(p, pool);
+    forward_gemv(p, pool);
   } else {
     forward_blocked(p, pool);
   }

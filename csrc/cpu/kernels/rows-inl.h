@@ -1,15 +1,15 @@
 // Rows of any dtype in and out of fp32, and the helpers that every kernel shares.
 // A "-inl.h" file is compiled once per instruction set, inside that set's namespace, after its simd/ header.
 
+inline int64_t slice_size(int64_t floats) { return (floats + 15) / 16 * 16; }  // keeps 64-byte alignment
 struct Slice {  // what a task gets of its scratch: consecutive arrays cut off one allocation
   float* next;
   float* take(int64_t floats) {
     float* p = next;
-    next += (floats + 15) / 16 * 16;  // keep 64-byte alignment
+    next += slice_size(floats);
     return p;
   }
 };
-inline int64_t slice_size(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }

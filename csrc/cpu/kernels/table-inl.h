@@ -13,8 +13,5 @@ namespace {
 #include "linear_backward-inl.h"
 }  // namespace
 
-const Kernels* table(const char* name) {
-  static const Kernels kernels{name,           nf4_quantize,   nf4_dequantize,
-                               philox_dropout, adapted_linear, adapted_linear_backward};
-  return &kernels;
-}
+extern const Kernels kTable;
+const Kernels kTable{kName, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward};

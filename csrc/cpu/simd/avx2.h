@@ -10,6 +10,7 @@
 
 namespace peft_kernels::cpu::avx2 {
 
+inline constexpr const char* kName = "avx2";
 inline constexpr int kLanes = 8;
 inline constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 inline constexpr int kAccumulators = 8;

@@ -16,6 +16,7 @@
 
 namespace peft_kernels::cpu::avx512 {
 
+inline constexpr const char* kName = "avx512";
 inline constexpr int kLanes = 16;
 inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
 inline constexpr int kAccumulators = 16;

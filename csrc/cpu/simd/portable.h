@@ -9,6 +9,7 @@
 
 namespace peft_kernels::cpu::portable {
 
+inline constexpr const char* kName = "portable";
 inline constexpr int kLanes = 4;         // fp32 values in a Vec
 inline constexpr int kTileRows = 4;      // rows of the micro-kernel's tile; its columns are 2 * kLanes
 inline constexpr int kAccumulators = 8;  // vectors that the look-up GEMV may hold

@@ -1,0 +1,95 @@
+"""Ops called directly, past the public functions: the native binding checks for itself and never crashes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from peft_kernels.core.library import native_library
+from peft_kernels.ops.linear.schema import ForwardArgs
+
+pytestmark = pytest.mark.skipif(
+    not native_library().loaded, reason=f"native library: {native_library().reason}"
+)
+
+M, K, N, R = 3, 64, 8, 4
+OPS = torch.ops.peft_kernels
+
+
+def arguments(**changes: Any) -> tuple[Any, ...]:
+    """Valid arguments of `adapted_linear`, NF4 and LoRA with dropout, but for `changes`."""
+    packed, absmax = OPS.nf4_quantize(torch.randn(N, K), 64)
+    valid = ForwardArgs(
+        *(torch.randn(M, K), packed, absmax, None, None, None, 0, 64, N),
+        *(torch.randn(R, K), torch.randn(N, R), 0.5, None, None, None, 0.1, torch.tensor(1)),
+    )
+    return (*valid._replace(**changes), False)
+
+
+def freed(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory, as FSDP leaves its parameters between uses."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_valid_arguments_pass() -> None:
+    assert OPS.adapted_linear(*arguments())[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": freed(N)}, "bias must have memory"),
+        ({"column_scale": freed(N)}, "column_scale must have memory"),
+        ({"x": freed(M, K)}, "x must have memory"),
+        ({"weight": freed(N * K // 2, dtype=torch.uint8)}, "packed weight must have memory"),
+        ({"absmax": freed(N)}, "absmax must have memory"),
+        ({"seed": freed(dtype=torch.int64)}, "seed must have memory"),
+        ({"scaling": float("nan")}, "scaling must be finite"),
+        ({"dropout_p": 7.0}, r"dropout_p must be in \[0, 1\)"),
+        ({"seed": None}, "seed must be given"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be"),
+        ({"lora_a": None, "lora_b": None}, "dropout_p must be 0 without lora_a and lora_b"),
+        ({"lora_a": torch.randn(R, K).half()}, "lora_a must be"),
+        ({"lora_b": torch.randn(N, R).bfloat16()}, "lora_b must be"),
+        ({"column_scale": torch.ones(N).bfloat16()}, "column_scale must be"),
+        ({"bias": torch.ones(N + 1)}, r"bias must be \[8\], got \[9\]"),
+        ({"blocksize": 63}, "blocksize must be a power of two"),
+        ({"out_features": 2**60}, "weight must have at most"),
+        ({"out_features": -8}, "weight must be"),
+        ({"absmax": torch.ones(N, dtype=torch.uint8)}, "absmax must be"),
+        ({"x": torch.randn(M, K).double()}, "must be float32"),
+        ({"x": torch.randn(M, K, device="meta")}, None),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], message: str | None) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        OPS.adapted_linear(*arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: OPS.nf4_quantize(torch.randn(64, dtype=torch.float64), 64),
+            "weight must be float32, bfloat16 or",
+        ),
+        (lambda: OPS.nf4_quantize(freed(64), 64), "weight must have memory"),
+        (lambda: OPS.philox_dropout(torch.randn(4), 1.0, torch.tensor(1)), r"must be in \[0, 1\)"),
+        (lambda: OPS.philox_dropout(torch.randn(4), 0.0, torch.zeros(2)), "seed must be"),
+    ],
+)
+def test_other_ops_refuse_bad_arguments(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_failed_allocation_says_so() -> None:
+    packed, absmax = OPS.nf4_quantize(torch.zeros(32), 32)
+    with pytest.raises(RuntimeError, match=r"no memory for a contiguous copy: .*allocate"):
+        OPS.adapted_linear(
+            *(torch.zeros(1, 1).expand(2**40, 1), packed[:1], absmax, None, None, None, 0, 32, 2),
+            *(None, None, 1.0, None, None, None, 0.0, None, False),
+        )
