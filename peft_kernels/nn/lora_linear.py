@@ -9,6 +9,7 @@ from torch import nn
 from peft_kernels.core.checks import check_probability
 from peft_kernels.functional import adapted_linear
 from peft_kernels.nn.nf4_linear import NF4Linear
+from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, require_plain
 
 _ADAPTER = "default"  # the name PEFT gives an adapter that is given none
 
@@ -41,6 +42,7 @@ class LoRALinear(nn.Module):
         dtype: of the base layer, a new `nn.Linear`; `from_linear` takes over an existing one.
 
     Raises:
+        TypeError: `r` is not an int.
         ValueError: `r` is not positive, or `lora_dropout` is out of range.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
@@ -85,9 +87,13 @@ class LoRALinear(nn.Module):
             use_rslora: see the class.
 
         Raises:
+            TypeError: none of these, or one that does more (a PEFT layer, one with hooks, ...).
             ValueError: see the class and `NF4Linear.from_bitsandbytes`.
         """
-        if isinstance(linear, nn.Linear) and hasattr(linear.weight, "quant_state"):
+        accepted = has_forward_of(linear, nn.Linear) or has_forward_of(linear, NF4Linear)
+        wanted = "a plain nn.Linear, an NF4Linear or a bitsandbytes Linear4bit"
+        require_plain(linear, accepted or is_linear4bit(linear), wanted)
+        if isinstance(linear, nn.Linear) and is_linear4bit(linear):
             linear = NF4Linear.from_bitsandbytes(linear)
         layer = cls.__new__(cls)
         layer._init(linear, r, lora_alpha, lora_dropout, use_rslora)
@@ -105,6 +111,8 @@ class LoRALinear(nn.Module):
         use_rslora: bool,
     ) -> None:
         super().__init__()
+        if not isinstance(r, int):
+            raise TypeError(f"r must be an int, got {r!r}")
         if r < 1:
             raise ValueError(f"r must be positive, got {r}")
         check_probability("lora_dropout", lora_dropout)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft_kernels.functional import nf4_linear, nf4_quantize
+from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, require_plain
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
 
 _STATISTICS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -72,8 +73,11 @@ class NF4Linear(nn.Module):
             double_quant: see the class.
 
         Raises:
+            TypeError: not a plain `nn.Linear` (a PEFT layer, one with hooks, ...).
             ValueError: unsupported dtype or blocksize.
         """
+        remedy = "use NF4Linear.from_bitsandbytes" if is_linear4bit(linear) else ""
+        require_plain(linear, has_forward_of(linear, nn.Linear), "a plain nn.Linear", remedy)
         layer = cls.__new__(cls)
         layer._init(nf4_quantize(linear.weight, blocksize, double_quant), linear.bias)
         return layer.train(linear.training)
@@ -88,8 +92,11 @@ class NF4Linear(nn.Module):
             linear: a `Linear4bit` in NF4, on its device (which is what quantises it).
 
         Raises:
+            TypeError: not a plain `Linear4bit` (a PEFT layer, one with hooks, ...).
             ValueError: it is not quantised yet, or not in NF4.
         """
+        remedy = "use NF4Linear.from_linear" if has_forward_of(linear, nn.Linear) else ""
+        require_plain(linear, is_linear4bit(linear), "a bitsandbytes Linear4bit", remedy)
         layer = cls.__new__(cls)
         layer._init(NF4Weight.from_bitsandbytes(linear.weight), linear.bias)
         return layer.train(linear.training)

@@ -1,12 +1,14 @@
 """bitsandbytes' `Linear4bit`: its product on the NF4 kernels."""
 
 import contextlib
+import operator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import nf4_linear
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
@@ -62,6 +64,9 @@ class FusedLinear4bit(FusedLayer):
 
 def nf4_operands(layer: Any, x: torch.Tensor) -> Operands | str:
     """The operands of the product of `layer` with x, or why it must be left to bitsandbytes."""
+    reason = transform_reason()
+    if reason:
+        return reason
     weight = nf4_weight(layer)
     if isinstance(weight, str):
         return weight
@@ -99,9 +104,8 @@ def nf4_weight(layer: Any) -> NF4Weight | str:
             weight = _wrap_checked(layer, parameter, state)
         except ValueError as error:
             return str(error)
-        layer.__dict__["_nf4_cache"] = cached = _Cached(
-            weight, parameter.data_ptr(), parameter.quant_state, parameter.quant_state.absmax
-        )
+        cached = _Cached(weight, parameter.data_ptr(), _sources(parameter.quant_state))
+        layer.__dict__["_nf4_cache"] = cached
     return cached.weight
 
 
@@ -113,7 +117,14 @@ def _unreadable(parameter: Any) -> str:
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return "its weight is not quantised yet"
-    return "" if state.quant_type == "nf4" else f"it is quantised to {state.quant_type}, not nf4"
+    if state.quant_type != "nf4":
+        return f"it is quantised to {state.quant_type}, not nf4"
+    if "meta" in (parameter.device.type, state.absmax.device.type):
+        return "its weight is on the meta device"
+    scales = state if getattr(state, "state2", None) is None else state.state2
+    if scales.absmax.dtype != torch.float32 and not getattr(state, "packing_format_for_cpu", False):
+        return f"its absmax is {scales.absmax.dtype}, not torch.float32"
+    return ""
 
 
 class _Cached(NamedTuple):
@@ -121,14 +132,32 @@ class _Cached(NamedTuple):
 
     weight: NF4Weight
     data_ptr: int  # of bytes that `weight` keeps alive, so no other tensor can come to lie there
-    state: Any
-    absmax: torch.Tensor
+    sources: tuple[Any, ...]
 
     def is_of(self, parameter: torch.Tensor, state: Any) -> bool:
-        # A merge makes a new parameter with a new state, `.data =` new bytes, moving the layer a new absmax.
-        return self.state is state and self.absmax is state.absmax and self.data_ptr == parameter.data_ptr()
+        # A merge makes a new parameter and state, `.data =` new bytes, moving the layer new statistics.
+        return self.data_ptr == parameter.data_ptr() and all(map(operator.is_, self.sources, _sources(state)))
 
 
+def _sources(state: Any) -> tuple[Any, ...]:
+    """All of a quant state that wrapping it reads, to be compared by identity."""
+    second = getattr(state, "state2", None)  # bitsandbytes deletes it when it rearranges the bytes
+    return (
+        state,
+        state.absmax,
+        state.code,
+        state.offset,
+        state.blocksize,
+        state.shape,
+        state.dtype,
+        second,
+        getattr(second, "absmax", None),
+        getattr(second, "code", None),
+        getattr(second, "blocksize", None),
+    )
+
+
+@torch.inference_mode(False)  # what it makes outlives the call, and is trained with later
 def _wrap_checked(layer: Any, parameter: Any, state: Any) -> NF4Weight:
     """Wrap the weight, putting it back into the standard layout first if bitsandbytes rearranged it.
 

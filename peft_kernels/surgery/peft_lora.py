@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import lora_linear, nf4_lora_linear
 from peft_kernels.nn.dropout import PhiloxDropout
+from peft_kernels.nn.plain_linear import bypass_reason
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit, Operands, autocast_off, nf4_operands
 from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, handles
@@ -87,7 +89,7 @@ class FusedLoraLinear4bit(FusedLayer):
             return Status(False, f"base layer: {handler}")
         if isinstance(layer, FusedLayer) and not isinstance(base, FusedLayer):
             return Status(False, "base layer: not fused; call replace_layers(model) again")
-        reason = FusedLinear4bit.status(base).reason or _bypass_reason(base)
+        reason = FusedLinear4bit.status(base).reason or bypass_reason(base)
         if reason:
             return Status(False, f"base layer: {reason}")
         adapter = find_adapter(layer)
@@ -126,7 +128,7 @@ class FusedLoraLinear4bit(FusedLayer):
         base: Any = self._modules["base_layer"]
         if not isinstance(base, FusedLinear4bit):
             return "base layer: not fused"
-        reason = _bypass_reason(base)
+        reason = bypass_reason(base)
         if reason:
             return f"base layer: {reason}"
         operands = nf4_operands(base, x)
@@ -180,7 +182,7 @@ def _linear_reason(role: str, linear: Any) -> str:
     """Why a sub-layer's weight cannot be read in place of calling it, or ""."""
     if type(linear).forward is not nn.Linear.forward:
         return f"{role}: a {type(linear).__name__}, not an nn.Linear"
-    reason = _bypass_reason(linear)
+    reason = bypass_reason(linear)
     weight = linear._parameters.get("weight")
     if not reason and type(weight) is not nn.Parameter:
         reason = f"its weight is a {type(weight).__name__}, not a Parameter"
@@ -189,26 +191,12 @@ def _linear_reason(role: str, linear: Any) -> str:
 
 def _dropout_reason(dropout: Any) -> str:
     """Why the kernel cannot do what a dropout module does, or ""."""
-    reason = _bypass_reason(dropout)
+    reason = bypass_reason(dropout)
     if type(dropout) not in (nn.Identity, nn.Dropout, PhiloxDropout):
         reason = f"a {type(dropout).__name__}, not an nn.Dropout"
     elif type(dropout) is not nn.Identity and dropout.training and (dropout.p >= 1 or dropout.inplace):
         reason = "p must be below 1 and inplace False"
     return reason and f"lora_dropout: {reason}"
-
-
-def _bypass_reason(module: nn.Module) -> str:
-    """Why a module must be called, and its parameters not just read, or ""."""
-    if "forward" in module.__dict__:
-        return "it has a forward of its own, set on the instance"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "it has hooks"
-    return ""
 
 
 def _input_reason(layer: Any, adapter: Adapter, base: Any, x: torch.Tensor) -> str:
@@ -222,7 +210,7 @@ def _input_reason(layer: Any, adapter: Adapter, base: Any, x: torch.Tensor) -> s
         dtype = torch.get_autocast_dtype(device)
     elif dtype != base._parameters["weight"].dtype:
         return f"the input is {dtype}, the base weight {base.weight.dtype}"
-    return _dtype_reason(layer, adapter, x.dtype, dtype)
+    return _dtype_reason(layer, adapter, x.dtype, dtype) or transform_reason()
 
 
 def _dtype_reason(layer: Any, adapter: Adapter, x_dtype: torch.dtype, compute_dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -26,19 +27,26 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
     A layer in a state that the kernels do not cover (two active adapters, DoRA, ...) runs its stock forward
     for as long as that lasts. The report, and `explain` at any later time, give the reason.
 
+    With dropout active, the input itself is kept for the backward pass, so it must not be changed in place
+    before that. torch.export of fused models is not covered. A pickled fused model needs peft_kernels to be
+    loaded; call `restore_layers` before pickling if it should not.
+
     Args:
         model: any module.
-        only: which layers; all by default. One or several glob patterns, matched against the dotted name or
-            the tail of it, as PEFT's `target_modules` ("q_proj", "layers.0.*"), or a function of the name and
-            the module that says whether to take it.
-        strict: raise if a selected layer would not run fused.
+        only: which layers; all by default. One or several glob patterns (not regular expressions), matched
+            against the dotted name or the tail of it from a dot on ("q_proj", "layers.0.*"), or a function of
+            the name and the module that says whether to take it.
+        strict: raise if a selected layer would not run fused, or if there is none to select.
 
     Returns:
         A row for each PEFT or bitsandbytes layer, selected or not. `print` it.
 
     Raises:
-        ValueError: a pattern in `only` matches no layer, or `strict` is set and a layer cannot be fused.
+        TypeError: `model` is not a module, or `only` is none of the above.
+        ValueError: `only` has no pattern, or one that matches no layer; or `strict` is set and a layer cannot
+            be fused, or there is none.
     """
+    _require_module(model)
     layers = _select(list(_layers(model)), only)
     with contextlib.ExitStack() as undo:
         for _, layer in layers:
@@ -48,12 +56,14 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
                     _fuse(part, undo)
         if strict:
             _require_fused(layers)
+        report = explain(model)
         undo.pop_all()  # all went well: nothing to undo
-    return explain(model)
+    return report
 
 
 def restore_layers(model: nn.Module) -> None:
     """Give every fused layer of `model` its stock class back, in place."""
+    _require_module(model)
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             _restore(layer)
@@ -65,7 +75,13 @@ def explain(model: nn.Module) -> Report:
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
     stock forward because of its input, the row says so.
     """
+    _require_module(model)
     return Report(tuple(_row(name, layer) for name, layer in _layers(model)))
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}; pass the loaded model itself")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -94,16 +110,30 @@ def _is_adapted_or_quantised(layer: nn.Module) -> bool:
 def _select(layers: NamedLayers, only: Only | None) -> NamedLayers:
     if only is None:
         return layers
-    if callable(only):
+    if callable(only) and not isinstance(only, (type, nn.Module)):
         return [(name, layer) for name, layer in layers if only(name, layer)]
-    patterns = [only] if isinstance(only, str) else list(only)
+    patterns = _patterns(only)
     for pattern in patterns:
         if not any(_matches(name, pattern) for name, _ in layers):
             raise ValueError(
                 f"only must match PEFT or bitsandbytes layers, got {pattern!r}, which matches none of the "
-                f"model's {len(layers)}; print(explain(model)) lists them"
+                f"model's {len(layers)} as a glob (it is not read as a regular expression); "
+                "print(explain(model)) lists them"
             )
     return [(name, layer) for name, layer in layers if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _patterns(only: object) -> list[str]:
+    patterns = list(only) if isinstance(only, Iterable) and not isinstance(only, str) else [only]
+    texts = [pattern for pattern in patterns if isinstance(pattern, str)]
+    if len(texts) < len(patterns):
+        raise TypeError(
+            "only must be a glob pattern, several of them, or a function of a layer's name and the layer, "
+            f"got {only!r}; to select by class pass lambda name, layer: isinstance(layer, ...)"
+        )
+    if not texts:
+        raise ValueError("only must have at least one pattern, got none; leave it out to take every layer")
+    return texts
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -111,6 +141,11 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _require_fused(layers: NamedLayers) -> None:
+    if not layers:
+        raise ValueError(
+            "strict=True requires PEFT or bitsandbytes layers to fuse, got none; add the adapter or quantise "
+            "the model first, and see that only=... selects some of its layers"
+        )
     reasons = [f"{name}: {status.reason}" for name, layer in layers if not (status := _status(layer)).fused]
     if reasons:
         raise ValueError(
@@ -129,16 +164,35 @@ def _fuse(layer: Any, undo: contextlib.ExitStack) -> None:
 
 
 def _restore(layer: Any) -> None:
+    for key, value in layer.__dict__.items():
+        if _is_fused_forward(layer, value):
+            layer.__dict__[key] = MethodType(layer.stock_class.forward, layer)
     layer.__class__ = layer.stock_class
     for key in FusedLayer.scratch:
         layer.__dict__.pop(key, None)
+
+
+def _is_fused_forward(layer: nn.Module, attribute: Any) -> bool:
+    """Whether an attribute is the layer's fused forward; accelerate's hooks keep it in `_old_forward`."""
+    return (
+        isinstance(layer, FusedLayer)
+        and isinstance(attribute, MethodType)
+        and attribute.__self__ is layer
+        and attribute.__func__ is layer.handler.forward
+    )
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether a forward set on the instance runs in place of the fused one, and not around it."""
+    forward = layer.__dict__.get("forward")
+    return forward is not None and not _is_fused_forward(layer, layer.__dict__.get("_old_forward", forward))
 
 
 def _status(layer: nn.Module) -> Status:
     handler = find_handler(layer)
     if isinstance(handler, str):
         return Status(False, handler)
-    if "forward" in layer.__dict__:
+    if _has_own_forward(layer):
         return Status(False, "it has a forward of its own, set on the instance")
     return handler.status(layer)
 

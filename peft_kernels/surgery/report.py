@@ -27,9 +27,9 @@ class Row:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """All layers surgery knows of, in the model's order. `print(report)` shows them as a table."""
+    """All layers surgery knows of, in the model's order. Its text is a table, in a notebook too."""
 
     rows: tuple[Row, ...]
 
@@ -65,3 +65,5 @@ class Report:
         text = io.StringIO()
         Console(file=text, width=width, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    __repr__ = __str__

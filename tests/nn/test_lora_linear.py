@@ -250,5 +250,7 @@ def test_repr_and_errors() -> None:
     assert "r=4, scaling=1.5, lora_dropout=0.0, merged=False" in repr(make_layer())
     with pytest.raises(ValueError, match="r must be positive, got 0"):
         LoRALinear(4, 4, r=0)
+    with pytest.raises(TypeError, match=r"r must be an int, got 2.0"):
+        LoRALinear(4, 4, r=2.0)
     with pytest.raises(ValueError, match=r"lora_dropout must be in \[0, 1\), got 1.0"):
         LoRALinear(4, 4, lora_dropout=1.0)

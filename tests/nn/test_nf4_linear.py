@@ -213,6 +213,6 @@ def test_repr_and_errors() -> None:
     with pytest.raises(ValueError, match="weight must be float32"):
         NF4Linear.from_linear(nn.Linear(128, 96, dtype=torch.float64))
     with pytest.raises(ValueError, match="packed must be quantised"):
-        NF4Linear.from_bitsandbytes(nn.Linear(128, 96))
+        NF4Linear.from_bitsandbytes(bnb.nn.Linear4bit(128, 96, quant_type="nf4"))
     with pytest.raises(ValueError, match="got 'fp4'"):
         NF4Linear.from_bitsandbytes(bnb.nn.LinearFP4(128, 96).to("cpu"))

@@ -1,6 +1,7 @@
 """Small PEFT models to operate on: dense and 4-bit, plain and from transformers."""
 
 import copy
+import math
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,10 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from numerics import assert_within, smallest, unit_roundoff
 from peft_kernels.nn import PhiloxDropout
 
 BASES = ("dense", "nf4", "nf4_double")
 VOCABULARY = 64
+# Of a term on its way through two layers of at most 128 features and their adapters and back.
+ROUNDINGS = 512
 
 
 def linear4bit(linear: nn.Linear, base: str = "nf4_double", **kwargs: Any) -> bnb.nn.Linear4bit:
@@ -114,3 +118,17 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models have the same keys with the same bits."""
     left, right = a.state_dict(), b.state_dict()
     return list(left) == list(right) and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two fp32 results of one of these models differ by no more than the order of their sums can explain.
+
+    n roundings of random sign add up to at most lambda sqrt(n) u of the size of a result, in each of the two,
+    but for a probability of 2 exp(-lambda^2 / 2), 7e-6 for the 5 here (Higham and Mary, A New Approach to
+    Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41(5), 2019). The size is the largest element.
+    """
+    assert actual.dtype == expected.dtype == torch.float32
+    relative = 2 * 5 * math.sqrt(ROUNDINGS) * unit_roundoff(torch.float32)
+    size = expected.detach().double().abs().max() if expected.numel() else torch.tensor(0.0)
+    allowed = relative * size + smallest(torch.float32)
+    assert_within("result", actual.detach(), expected.detach().double(), allowed)

@@ -13,6 +13,7 @@ from torch import nn
 
 from numerics import assert_within, bound, gamma
 from peft_kernels.surgery import Row, explain, replace_layers, restore_layers
+from peft_kernels.surgery.bitsandbytes_linear import nf4_weight
 
 QUANTISATION = ("nf4", "nf4_double")
 
@@ -189,6 +190,9 @@ def test_statistics_that_bitsandbytes_left_transposed_are_not_misread() -> None:
     layer.state_dict()
     assert layer.weight.quant_state.absmax.shape == (2, 96)
     row = replace_layers(layer).rows[0]
+    assert (row.fused, row.reason) == (False, "its absmax is torch.bfloat16, not torch.float32")
+    layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.float()
+    row = explain(layer).rows[0]
     assert (row.fused, row.reason) == (False, "absmax must be [ceil(n/blocksize)] = [192], got [2, 96]")
 
 
@@ -234,6 +238,90 @@ def new_statistics(layer: Any, other: Any) -> None:
     layer.weight.quant_state.absmax = other.weight.quant_state.absmax
 
 
+@pytest.mark.parametrize("part", ["offset", "state2", "absmax", "code"])
+def test_a_change_of_one_part_of_the_second_level_is_noticed(part: str) -> None:
+    layer = make_layer("nf4_double")
+    layer.bias = None
+    replace_layers(layer, strict=True)
+    x = torch.randn(3, 128)
+    layer(x)
+    state = layer.weight.quant_state
+    if part == "offset":
+        state.offset = state.offset * 3
+    elif part == "state2":
+        state.state2 = copy.copy(state.state2)
+        state.state2.absmax = state.state2.absmax * 3
+    else:
+        setattr(state.state2, part, getattr(state.state2, part) * 3)
+    weight = exact_weight(layer)
+    exact, magnitude = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    assert_within("y", layer(x), exact, bound(exact, magnitude, 128 + 3, torch.float32))
+
+
+def test_a_code_that_is_not_nf4_any_more_is_noticed() -> None:
+    layer = make_layer()
+    replace_layers(layer, strict=True)
+    layer(torch.randn(3, 128))
+    layer.weight.quant_state.code = layer.weight.quant_state.code * 2
+    reason = nf4_weight(layer)
+    assert isinstance(reason, str)
+    assert explain(layer).rows[0].reason == reason
+
+
+def test_a_new_blocksize_is_noticed() -> None:
+    layer = make_layer()
+    layer.bias = None
+    replace_layers(layer, strict=True)
+    layer(torch.randn(3, 128))
+    layer.weight.quant_state.blocksize = 128
+    row = explain(layer).rows[0]
+    assert (row.fused, row.reason) == (False, "absmax must be [ceil(n/blocksize)] = [96], got [192]")
+    assert nf4_weight(layer) == row.reason
+
+
+def test_absmax_that_was_rounded_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a cast of everything in a file to bf16; the kernels take fp32, in a trace as outside."""
+    layer = make_layer()
+    layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.bfloat16()
+    stock = copy.deepcopy(layer)
+    reason = "its absmax is torch.bfloat16, not torch.float32"
+    assert replace_layers(layer).rows[0].reason == reason
+    x = torch.randn(3, 128, requires_grad=True)
+    assert torch.equal(layer(x), stock(x))
+    assert nf4_weight(layer) == reason
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert nf4_weight(layer) == reason
+
+
+@pytest.mark.parametrize("base", QUANTISATION)
+def test_quant_state_on_the_meta_device(base: str) -> None:
+    layer = make_layer(base)
+    layer.weight.quant_state.to("meta")
+    row = replace_layers(layer).rows[0]
+    assert (row.fused, row.reason) == (False, "its weight is on the meta device")
+
+
+@pytest.mark.parametrize("when", ["before replacing", "after replacing"])
+@pytest.mark.parametrize("base", QUANTISATION)
+def test_what_is_put_back_in_inference_mode_can_be_trained(base: str, when: str) -> None:
+    layer = make_layer(base).eval()
+    x = torch.randn(3, 128, requires_grad=True)
+    if when == "after replacing":
+        replace_layers(layer, strict=True)
+    with torch.inference_mode():
+        pack_for_cpu(layer)
+        replace_layers(layer, strict=True)
+        layer(x)
+    state = layer.weight.quant_state
+    tensors = [layer.weight.data, *layer.__dict__["_nf4_cache"].weight.base_weight()[:5], state.code]
+    assert not any(tensor.is_inference() for tensor in tensors if tensor is not None)
+    restore_layers(layer.train())
+    layer(x).sum().backward()
+    exact = exact_weight(layer).sum(0).expand(3, 128)
+    magnitude = exact_weight(layer).abs().sum(0).expand(3, 128)
+    assert_within("gradient of x", x.grad, exact, bound(exact, magnitude, 96 + 3, torch.float32))
+
+
 @pytest.mark.parametrize("change", [new_parameter, new_bytes, bytes_in_place, new_state, new_statistics])
 def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None:
     layer, other = make_layer(seed=0), make_layer(seed=1)
@@ -246,16 +334,19 @@ def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None
     assert torch.equal(layer(x), expected)
 
 
-def test_a_new_state_for_the_same_bytes_is_noticed() -> None:
+@pytest.mark.parametrize("part", ["state", "shape"])
+def test_a_new_shape_of_the_same_bytes_is_noticed(part: str) -> None:
     layer = make_layer()
     layer.bias = None
     replace_layers(layer)
     layer(torch.randn(3, 128))
     weight = exact_weight(layer)
-    layer.weight.quant_state = copy.copy(layer.weight.quant_state)
+    if part == "state":
+        layer.weight.quant_state = copy.copy(layer.weight.quant_state)
     layer.weight.quant_state.shape = torch.Size((48, 256))
     expected = torch.eye(256, dtype=torch.float64) @ weight.reshape(48, 256).t()
     torch.testing.assert_close(layer(torch.eye(256)).double(), expected, rtol=1e-6, atol=0)
+    assert explain(layer).rows[0].reason == "", "the stock forward ran, which reads the shape afresh"
 
 
 def test_wrapped_weight_is_kept_between_calls() -> None:

@@ -1,24 +1,16 @@
 """torch.compile takes a fused model as it takes a stock one: whole, and with the same results."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from peft_models import BASES, layer, linear4bit, make_mlp, pair
+from peft_models import BASES, assert_close, layer, linear4bit, make_mlp, pair
 from torch import nn
 
 from peft_kernels.surgery import replace_layers
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(model: nn.Module) -> Any:
@@ -46,7 +38,7 @@ def test_training(base: str, dropout: float) -> None:
         eager, traced = results(model, model, x), results(call, model, x)
         assert len(eager) == 6
         for a, b in zip(eager, traced, strict=True):
-            torch.testing.assert_close(b, a, **CLOSE)
+            assert_close(b, a)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -74,12 +66,12 @@ def test_states_are_guarded(base: str) -> None:
     replace_layers(model, strict=True)
     call = compiled(model)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(call(x), model(x), **CLOSE)
+    assert_close(call(x), model(x))
     with model.disable_adapter():
-        torch.testing.assert_close(call(x), model(x), **CLOSE)
+        assert_close(call(x), model(x))
     for lora in (layer(model), layer(model, "base_model.model.2")):
         lora.set_scale("default", 3.0)
-    torch.testing.assert_close(call(x), model(x), **CLOSE)
+    assert_close(call(x), model(x))
 
 
 def test_weights_are_read_and_not_baked_in() -> None:
@@ -89,19 +81,19 @@ def test_weights_are_read_and_not_baked_in() -> None:
     x = torch.randn(3, 64)
     before, expected = bare(x), other(x)
     call = compiled(bare)
-    torch.testing.assert_close(call(x), before, **CLOSE)
+    assert_close(call(x), before)
     bare.weight.data = other.weight.data
     bare.weight.quant_state.absmax = other.weight.quant_state.absmax
-    torch.testing.assert_close(call(x), expected, **CLOSE)
+    assert_close(call(x), expected)
 
 
 def test_replacing_after_compiling() -> None:
     stock, model = pair(make_mlp())
     call = compiled(model)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(call(x), stock(x), **CLOSE)
+    assert_close(call(x), stock(x))
     replace_layers(model)
-    torch.testing.assert_close(call(x), stock(x), **CLOSE)
+    assert_close(call(x), stock(x))
 
 
 def test_a_stock_layer_in_a_fused_graph() -> None:
@@ -111,4 +103,4 @@ def test_a_stock_layer_in_a_fused_graph() -> None:
     layer(model).lora_A["default"].register_forward_hook(lambda *args: args[2] * 2)
     assert isinstance(layer(model).base_layer, FusedLinear4bit)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(compiled(model)(x), model(x), **CLOSE)
+    assert_close(compiled(model)(x), model(x))

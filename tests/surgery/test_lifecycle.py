@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import bnb as lora_bnb
 from peft_models import (
     BASES,
+    assert_close,
     fill_adapter,
     layer,
     make_llama,
@@ -28,8 +29,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_kernels.surgery import explain, replace_layers, restore_layers
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32 sums of at most 128 terms near 1
 
 
 def bits_of(model: nn.Module) -> Any:
@@ -88,7 +87,7 @@ def test_adapter_file_round_trip(models: tuple[PeftModel, PeftModel], tmp_path: 
     assert all(row.fused for row in explain(fused))
     bare = stock.unload()
     loaded = PeftModel.from_pretrained(bare, tmp_path / "fused").train()
-    torch.testing.assert_close(loaded(X), expected, **CLOSE)
+    assert_close(loaded(X), expected)
 
 
 def test_adapters_come_and_go(models: tuple[PeftModel, PeftModel]) -> None:
@@ -99,13 +98,13 @@ def test_adapters_come_and_go(models: tuple[PeftModel, PeftModel]) -> None:
         model.set_adapter("second")
     stock, fused = models
     assert all(row.fused for row in explain(fused))
-    torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+    assert_close(fused(X), stock(X))
     for model in models:
         model.set_adapter("default")
         model.delete_adapter("second")
-    torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+    assert_close(fused(X), stock(X))
     with stock.disable_adapter(), fused.disable_adapter():
-        torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+        assert_close(fused(X), stock(X))
 
 
 def test_adapter_on_new_targets_is_stock_until_replaced_again() -> None:
@@ -119,7 +118,7 @@ def test_adapter_on_new_targets_is_stock_until_replaced_again() -> None:
     assert rows[1].reason == "a stock layer; replace_layers fuses it"
     stock_result = model(X)
     assert [row.fused for row in replace_layers(model, strict=True)] == [True, True]
-    torch.testing.assert_close(model(X), stock_result, **CLOSE)
+    assert_close(model(X), stock_result)
 
 
 def test_merge_and_unmerge(models: tuple[PeftModel, PeftModel]) -> None:
@@ -128,22 +127,22 @@ def test_merge_and_unmerge(models: tuple[PeftModel, PeftModel]) -> None:
     before = fused(X)
     for model in models:
         model.merge_adapter()
-    torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+    assert_close(fused(X), stock(X))
     assert_same_bits(bits_of(stock), bits_of(fused))
     assert {row.reason for row in explain(fused)} == {"merged into the base weight: default"}
     merged = fused(X)
     for model in models:
         model.unmerge_adapter()
-    torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+    assert_close(fused(X), stock(X))
     assert_same_bits(bits_of(stock), bits_of(fused))
     assert not torch.equal(fused(X), merged)
     if layer(fused).__class__.__name__ == "Linear":
-        torch.testing.assert_close(fused(X), before, **CLOSE)  # over 4 bits unmerging does not give back W
+        assert_close(fused(X), before)  # over 4 bits unmerging does not give back W
 
 
 def test_merge_and_unload(models: tuple[PeftModel, PeftModel]) -> None:
     stock, fused = (model.merge_and_unload() for model in models)
-    torch.testing.assert_close(fused(X), stock(X), **CLOSE)
+    assert_close(fused(X), stock(X))
     assert_same_bits(bits_of(stock), bits_of(fused))
     assert all(row.fused and row.layer == "bitsandbytes.Linear4bit" for row in explain(fused))
     restore_layers(fused)
@@ -229,7 +228,7 @@ def test_gradient_checkpointing_of_transformers() -> None:
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(results[0]) == 12
     for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(checkpointed, plain, **CLOSE)
+        assert_close(checkpointed, plain)
 
 
 def test_eval_after_training_and_training_after_eval() -> None:
@@ -243,4 +242,4 @@ def test_eval_after_training_and_training_after_eval() -> None:
     x = X.clone().requires_grad_()
     model.train()(x).sum().backward()
     weight = bnb.functional.dequantize_4bit(model[0].weight.data, model[0].weight.quant_state)
-    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 64), **CLOSE)
+    assert_close(x.grad, weight.sum(0).expand(5, 64))

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import layer, make_llama, make_mlp, pair
+from peft_models import assert_close, layer, make_llama, make_mlp, pair
 from rich.console import Console
 from torch import nn
 
-from peft_kernels.surgery import Report, Row, explain, replace_layers, restore_layers
+from peft_kernels.surgery import Report, Row, explain, replace, replace_layers, restore_layers
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit
 from peft_kernels.surgery.registry import FusedLayer
 
@@ -48,7 +48,6 @@ def test_layers_of_one_type_share_a_class() -> None:
         ("1.self_attn.[qv]_proj", ["1.self_attn.q_proj", "1.self_attn.v_proj"]),
         (lambda name, module: module.out_features == 32, ["0.self_attn.v_proj", "1.self_attn.v_proj"]),
         (lambda name, module: False, []),
-        ([], []),
     ],
 )
 def test_only(only: Any, expected: list[str]) -> None:
@@ -68,6 +67,45 @@ def test_a_pattern_that_matches_nothing_is_an_error(only: Any) -> None:
     name = only if isinstance(only, str) else only[1]
     with pytest.raises(ValueError, match=f"only must match .* got '{name}', which matches none"):
         replace_layers(model, only=only)
+    assert types_of(model) == before
+    with pytest.raises(ValueError, match=r"as a glob \(it is not read as a regular expression\)"):
+        replace_layers(model, only=r".*\.0$")
+
+
+@pytest.mark.parametrize("only", [nn.Linear, 3, [nn.Linear], ["q_proj", 3], nn.ReLU()], ids=repr)
+def test_only_of_another_type(only: Any) -> None:
+    with pytest.raises(TypeError, match="only must be a glob pattern, several of them, or a function"):
+        replace_layers(make_mlp(), only=only)
+
+
+def test_only_without_a_pattern() -> None:
+    with pytest.raises(ValueError, match="only must have at least one pattern, got none"):
+        replace_layers(make_mlp(), only=[])
+
+
+@pytest.mark.parametrize("call", [replace_layers, restore_layers, explain])
+@pytest.mark.parametrize("model", [None, "path"])
+def test_a_model_that_is_none(call: Any, model: Any) -> None:
+    with pytest.raises(TypeError, match=f"model must be an nn.Module, got {model!r}"):
+        call(model)
+
+
+def test_strict_needs_a_layer() -> None:
+    for model, only in ((nn.Sequential(nn.Linear(4, 4)), None), (make_mlp(), lambda name, module: False)):
+        with pytest.raises(ValueError, match=r"strict=True requires PEFT or bitsandbytes layers .* got none"):
+            replace_layers(model, only=only, strict=True)
+
+
+def test_a_failing_report_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_mlp("nf4")
+    before = types_of(model)
+
+    def fail(model: nn.Module) -> Report:
+        raise MemoryError
+
+    monkeypatch.setattr(replace, "explain", fail)
+    with pytest.raises(MemoryError):
+        replace_layers(model)
     assert types_of(model) == before
 
 
@@ -136,7 +174,7 @@ def test_restoring_one_part_of_a_model() -> None:
     restored = pair(model)[1]
     restore_layers(restored)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(model(x), restored(x), rtol=1e-5, atol=1e-5)
+    assert_close(model(x), restored(x))
     assert len(replace_layers(model, strict=True).fused) == 2
     assert [type(m) for m in restored.modules()] == types_of(stock)
 
@@ -156,7 +194,7 @@ def test_shared_layers_are_listed_once() -> None:
 
 def test_model_without_anything_to_replace() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
-    report = replace_layers(model, strict=True)
+    report = replace_layers(model)
     assert (len(report), list(report), report.fused, report.skipped) == (0, [], (), ())
     assert str(report) == "no PEFT or bitsandbytes layers"
 
@@ -172,6 +210,7 @@ def test_report_text(monkeypatch: pytest.MonkeyPatch) -> None:
         (Row("model.layers.0.q_proj", "lora.Linear", True, ""), Row("b", "lora.Linear", False, reason))
     )
     text = str(report)
+    assert repr(report) == text  # what a notebook shows
     assert "\x1b" not in text
     assert text.startswith("1 of 2 PEFT and bitsandbytes layers fused\n")
     assert "model.layers.0.q_proj" in text

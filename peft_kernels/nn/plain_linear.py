@@ -1,0 +1,56 @@
+"""Which linear layers may be taken apart: those that compute x W^T + bias and nothing else."""
+
+import torch
+from torch import nn
+
+_REMEDY = "merge or unload an adapter first, restore_layers(model) a fused layer"
+
+
+def bypass_reason(module: nn.Module) -> str:
+    """Why a module must be called, and its parameters not just read, or ""."""
+    if "forward" in module.__dict__:
+        return "it has a forward of its own, set on the instance"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "it has hooks"
+    return ""
+
+
+def has_forward_of(module: object, module_class: type[nn.Module]) -> bool:
+    """Whether a module is an instance of the class and its own class does not override `forward`."""
+    return isinstance(module, module_class) and type(module).forward is module_class.forward
+
+
+def is_linear4bit(module: object) -> bool:
+    """Whether a module is a bitsandbytes `Linear4bit`, with the forward of one. Imports nothing."""
+    return any(
+        f"{base.__module__}.{base.__qualname__}" == "bitsandbytes.nn.modules.Linear4bit"
+        and has_forward_of(module, base)
+        for base in type(module).__mro__
+    )
+
+
+def require_plain(linear: object, accepted: bool, wanted: str, remedy: str = "") -> None:
+    """Refuse a layer that does more than its weight and bias say, because the rest would be lost.
+
+    Args:
+        linear: what the caller was given.
+        accepted: whether it is of a kind that the caller takes.
+        wanted: those kinds, in words.
+        remedy: what to do about another kind.
+
+    Raises:
+        TypeError: it is of another kind, or has hooks or a forward of its own.
+    """
+    got = f"linear must be {wanted}, got a {type(linear).__module__}.{type(linear).__qualname__}"
+    if isinstance(linear, torch.Tensor):
+        raise TypeError(f"{got}; pass the layer, not its weight")
+    if not accepted or not isinstance(linear, nn.Module):
+        raise TypeError(f"{got}; {remedy or _REMEDY}")
+    reason = bypass_reason(linear)
+    if reason:
+        raise TypeError(f"{got}, and {reason}, which would be lost; remove that first")
