@@ -170,6 +170,6 @@ def make_problem(
         weight=base,
         exact_weight=dense.double(),
         grad=normal((m, n), 1.0, dtype),
-        scaling=-1.5,
+        scaling=-1.5 if "lora" in parts else 1.0,
         dropout_p=dropout_p,
     )

@@ -2,8 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
+
+
+def check_tensor(name: str, value: object, remedy: str = "") -> None:
+    """Require `value` to be a tensor."""
+    if isinstance(value, torch.Tensor):
+        return
+    if not remedy:
+        remedy = (
+            "pass its .weight" if isinstance(value, torch.nn.Module) else "make one with torch.as_tensor()"
+        )
+    kind = type(value)
+    got = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    raise TypeError(f"{name} must be a torch.Tensor, got {got}{_hint(remedy)}")
 
 
 def check_shape(
@@ -41,9 +55,19 @@ def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.
         )
 
 
+def check_integer(name: str, value: object) -> None:
+    """Require `value` to be a whole number; a float with such a value is none."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_finite(name: str, value: float) -> None:
     """Require `value` to be a finite number."""
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
+    try:
+        finite = -math.inf < value < math.inf  # math.isfinite cannot be traced by torch.compile
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not finite:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

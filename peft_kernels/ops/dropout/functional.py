@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_probability
+from peft_kernels.core.checks import check_integer, check_probability, check_tensor
+from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.dropout.autograd import PhiloxDropout
 from peft_kernels.ops.dropout.reference import keep_mask
 from peft_kernels.ops.dropout.schema import check_philox_dropout
@@ -27,13 +28,17 @@ def philox_dropout(x: torch.Tensor, p: float, seed: int | torch.Tensor | None = 
         Tensor like `x`; dropped elements are +0.
 
     Raises:
+        TypeError: `x` is not a tensor, or `seed` neither an int nor a tensor.
         ValueError: `p` is out of range, or `seed` is not an int64 scalar on the device of `x`.
+        NotImplementedError: called inside a torch.func transform or under forward-mode differentiation.
 
     Source: Philox4x32-10 of Salmon et al., SC'11; dropout of Srivastava et al., JMLR 15 (2014).
     """
+    check_tensor("x", x)
     check_probability("p", p)
     if p == 0.0:
         return x
+    refuse_transforms("philox_dropout", "x * philox_dropout_mask(x.shape, p, seed) / (1 - p)")
     seed = as_seed(seed, x.device)
     check_philox_dropout(x, p, seed)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -55,6 +60,7 @@ def philox_dropout_mask(shape: Sequence[int], p: float, seed: int | torch.Tensor
         bool tensor of `shape`.
 
     Raises:
+        TypeError: `seed` is neither an int nor a tensor.
         ValueError: `p` is out of range.
     """
     check_probability("p", p)
@@ -68,6 +74,7 @@ def as_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tens
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
         return seed
+    check_integer("seed", seed)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in int64, got {seed}")
     return torch.tensor(seed, dtype=torch.int64, device=device)

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from peft_kernels.core.backend import resolve
 from peft_kernels.ops.linear.schema import ForwardArgs, base_weight
@@ -38,10 +37,19 @@ class AdaptedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad [..., N] to one gradient, or None, for each argument of `forward`."""
-        x, *base, lora_a, lora_b, column_scale, input_scale, seed, u, z = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            results: tuple[torch.Tensor | None, ...] = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
+                ctx, grad, *ctx.saved_tensors
+            )
+            return results
+        return AdaptedLinear.gradients(ctx, grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
+        """What `backward` returns, from what `forward` saved."""
+        x, *base, lora_a, lora_b, column_scale, input_scale, seed, u, z = saved
         if x is None:  # its values are not needed: a stand-in without memory carries its shape and dtype
             x = grad.new_empty((), dtype=ctx.x_dtype).expand(ctx.x_shape)
         need = ForwardArgs(*ctx.needs_input_grad)
@@ -59,6 +67,21 @@ class AdaptedLinear(torch.autograd.Function):
             dbias = dbias.to(ctx.bias_dtype)
         no_base = (None,) * 8  # weight … out_features
         return dx, *no_base, dlora_a, dlora_b, None, dcolumn_scale, dinput_scale, dbias, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradients as a node of the graph, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(_: Any, first_ctx: Any, grad: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
+        return AdaptedLinear.gradients(first_ctx, grad, *saved)
+
+    @staticmethod
+    def backward(_: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            "adapted_linear has no second derivative: its gradients come from kernels with no formula for "
+            "theirs; differentiate once, or use torch.nn.functional.linear on w.dequantize()"
+        )
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:

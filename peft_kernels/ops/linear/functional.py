@@ -3,6 +3,8 @@
 import torch
 
 from peft_kernels.core.backend import resolve
+from peft_kernels.core.checks import check_finite, check_tensor
+from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.dropout.functional import as_seed
 from peft_kernels.ops.linear.autograd import AdaptedLinear, flatten
 from peft_kernels.ops.linear.schema import ForwardArgs, check_adapted_linear
@@ -41,7 +43,8 @@ def adapted_linear(
         weight: frozen; `NF4Weight` of shape [N, K], or dense [N, K] of the dtype of `x`.
         lora_a: [r, K]; float32 or the dtype of `x`. An fp32 adapter over bf16 `x` does not cast `x` up.
         lora_b: [N, r], dtype of `lora_a`.
-        scaling: factor of the low-rank part, alpha/r for LoRA; a float, or a tensor with one element.
+        scaling: factor of the low-rank part, alpha/r for LoRA; a float, or a tensor with one element. A
+            tensor, or under torch.compile a float too, is multiplied into `lora_b`, in its dtype.
         column_scale: [N]; float32 or the dtype of `x`.
         input_scale: [K]; float32 or the dtype of `x`. Not applied to the low-rank part.
         bias: [N]; float32 or the dtype of `x`. Not multiplied by `column_scale`.
@@ -53,15 +56,22 @@ def adapted_linear(
         [..., N], dtype of `x`.
 
     Raises:
+        TypeError: an argument is not a tensor where it must be one.
         ValueError: a shape, dtype, device or value does not fit (the message says which), or `weight`
             requires a gradient.
+        NotImplementedError: called inside a torch.func transform or under forward-mode differentiation; or,
+            from the backward pass, a second derivative is wanted.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; QLoRA, 2305.14314, equation 5; IA3, 2205.05638, section 3.3;
     DoRA, 2402.09353, equation 5.
     """
+    refuse_transforms("adapted_linear", "torch.nn.functional.linear on w.dequantize()")
+    check_tensor("x", x)
     x, weight = _autocast(x, weight)
     base, out_features = _base_weight(weight, x)
-    if isinstance(scaling, torch.Tensor):
+    if lora_a is None and lora_b is None:
+        scaling = _no_scaling(scaling)
+    elif isinstance(scaling, torch.Tensor) or torch.compiler.is_compiling():
         lora_b, scaling = _fold_scaling(lora_b, scaling), 1.0
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     rest = (*base, out_features, lora_a, lora_b, scaling, column_scale, input_scale, bias, dropout_p, seed)
@@ -191,25 +201,41 @@ def _autocast(
 def _base_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> tuple[BaseWeight, int]:
     """The weight's parts and out_features."""
     if isinstance(weight, NF4Weight):
-        if len(weight.shape) != 2:
-            raise ValueError(f"weight must be [N, K], got an NF4Weight of shape {list(weight.shape)}")
-        if x.shape[-1:] != weight.shape[1:]:
-            raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-        return weight.base_weight(), weight.shape[0]
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weight must be frozen, got requires_grad=True; call weight.requires_grad_(False), "
-            "or use torch.nn.functional.linear to train it"
-        )
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+        base = weight.base_weight()
+    else:
+        check_tensor("weight", weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "weight must be frozen, got requires_grad=True; call weight.requires_grad_(False), "
+                "or use torch.nn.functional.linear to train it"
+            )
+        base = BaseWeight(weight, None, None, None, None, 0, 0)
+    if len(weight.shape) != 2:
+        kind = "an NF4Weight of shape " if isinstance(weight, NF4Weight) else ""
+        raise ValueError(f"weight must be [N, K], got {kind}{list(weight.shape)}")
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-    return BaseWeight(weight, None, None, None, None, 0, 0), weight.shape[0]
+    return base, weight.shape[0]
 
 
-def _fold_scaling(lora_b: torch.Tensor | None, scaling: torch.Tensor) -> torch.Tensor | None:
-    """lora_b * scaling: gradients reach a scaling tensor, and no value is read back from the device."""
-    if scaling.numel() != 1:
+def _no_scaling(scaling: float | torch.Tensor) -> float:
+    """Require the default: there is no adapter to scale."""
+    if not isinstance(scaling, torch.Tensor):
+        check_finite("scaling", scaling)
+        if scaling == 1.0:
+            return scaling
+    raise ValueError(f"scaling must be 1.0 without lora_a and lora_b, got {scaling}")
+
+
+def _fold_scaling(lora_b: torch.Tensor | None, scaling: float | torch.Tensor) -> torch.Tensor | None:
+    """lora_b * scaling: gradients reach a scaling tensor, and no value is read back from the device.
+
+    To torch.compile the ops' own `scaling` is a constant: each new value would compile once more.
+    """
+    if not isinstance(scaling, torch.Tensor):
+        check_finite("scaling", scaling)
+    elif scaling.numel() != 1:
         raise ValueError(f"scaling must have one element, got {list(scaling.shape)}")
-    return None if lora_b is None else lora_b * scaling.reshape(())
+    else:
+        scaling = scaling.reshape(())
+    return None if lora_b is None else lora_b * scaling

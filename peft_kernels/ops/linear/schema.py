@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_kernels.core.backend import define_op, fake_kernel
-from peft_kernels.core.checks import check_device, check_dtype, check_finite, check_probability, check_shape
+from peft_kernels.core.checks import (
+    check_device,
+    check_dtype,
+    check_finite,
+    check_probability,
+    check_shape,
+    check_tensor,
+)
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES, check_seed
 from peft_kernels.ops.nf4.schema import BaseWeight, check_nf4_format
 
@@ -159,6 +166,8 @@ def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tens
             missing = "lora_a" if lora_a is None else "lora_b"
             raise ValueError(f"lora_a and lora_b must be given together, got no {missing}")
         return
+    check_tensor("lora_a", lora_a)
+    check_tensor("lora_b", lora_b)
     remedy = "pass the adapter made for this layer"
     check_shape("lora_a", lora_a, "[r, K]", (None, x.shape[1]), remedy)
     if lora_a.shape[0] == 0:
@@ -172,6 +181,7 @@ def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tens
 
 def _check_vector(name: str, vector: torch.Tensor | None, letters: str, size: int, x: torch.Tensor) -> None:
     if vector is not None:
+        check_tensor(name, vector)
         check_shape(name, vector, letters, (size,))
         check_dtype(name, vector, (x.dtype, accumulate_dtype(x.dtype)), "convert it")
         check_device(name, vector, "x", x)

@@ -25,6 +25,7 @@ def nf4_quantize(weight: torch.Tensor, blocksize: int = 64, double_quant: bool =
         The quantised weight; it remembers the dtype of `weight`.
 
     Raises:
+        TypeError: `weight` is not a tensor.
         ValueError: unsupported dtype or blocksize.
 
     Source: QLoRA, arXiv 2305.14314, section 3.

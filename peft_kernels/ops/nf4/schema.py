@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_kernels.core.backend import define_op, fake_kernel
-from peft_kernels.core.checks import check_device, check_dtype, check_shape
+from peft_kernels.core.checks import check_device, check_dtype, check_shape, check_tensor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _BLOCKSIZES_TEXT = ", ".join(map(str, BLOCKSIZES))
@@ -44,6 +44,7 @@ def check_blocksize(blocksize: int) -> None:
 
 def check_nf4_quantize(weight: torch.Tensor, blocksize: int) -> None:
     """Argument contract of `nf4_quantize`."""
+    check_tensor("weight", weight)
     check_dtype("weight", weight, WEIGHT_DTYPES, "convert it with .to(torch.float32)")
     check_blocksize(blocksize)
 

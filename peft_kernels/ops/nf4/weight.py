@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_kernels.core.backend import resolve
+from peft_kernels.core.checks import check_tensor
 from peft_kernels.ops.nf4.reference import nf4_code
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_format
 
@@ -153,8 +154,10 @@ class NF4Weight:
             quant_state: its `QuantState`; taken from a `Params4bit` when not given.
 
         Raises:
+            TypeError: `packed` is not a tensor, but a layer for example.
             ValueError: not quantised yet, not NF4 (FP4 is not supported), or transposed.
         """
+        check_tensor("packed", packed, "pass layer.weight")
         state: Any = quant_state if quant_state is not None else getattr(packed, "quant_state", None)
         if state is None:
             raise ValueError(

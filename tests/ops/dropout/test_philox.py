@@ -202,3 +202,12 @@ def test_opcheck(x: torch.Tensor, overload: str) -> None:
 def test_refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         dropout(*arguments)
+
+
+def test_refuses_wrong_types() -> None:
+    with pytest.raises(TypeError, match=r"^seed must be an int, got 1.5$"):
+        dropout(torch.ones(3), 0.5, 1.5)
+    with pytest.raises(TypeError, match=r"^seed must be an int, got 1.5$"):
+        mask((3,), 0.5, 1.5)
+    with pytest.raises(TypeError, match=r"^x must be a torch.Tensor, got list; "):
+        dropout([1.0], 0.5)

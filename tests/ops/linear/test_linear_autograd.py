@@ -125,8 +125,29 @@ def test_second_derivatives_are_refused(backend: str) -> None:
     problem = make_problem(4, 8, 64)
     x = problem.tensors["x"].detach().requires_grad_()
     (dx,) = torch.autograd.grad(problem.run(x=x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    assert torch.equal(dx, torch.autograd.grad(problem.run(x=x).square().sum(), x)[0])
+    with pytest.raises(
+        NotImplementedError, match=r"^adapted_linear has no second derivative: .*; .* or use "
+    ):
         dx.sum().backward()
+
+
+def test_second_derivatives_by_way_of_the_adapter_are_refused(backend: str) -> None:
+    """The upstream gradient is a constant here, but dx depends on A."""
+    problem = make_problem(4, 8, 64)
+    x, a = (problem.tensors[name].detach().requires_grad_() for name in ("x", "lora_a"))
+    (dx,) = torch.autograd.grad(problem.run(x=x, lora_a=a), x, problem.grad, create_graph=True)
+    with pytest.raises(NotImplementedError, match="adapted_linear has no second derivative"):
+        torch.autograd.grad(dx.sum(), a)
+
+
+def test_create_graph_is_allowed_where_the_second_derivative_goes_elsewhere(backend: str) -> None:
+    problem = make_problem(4, 8, 64)
+    x = problem.tensors["x"].detach().requires_grad_()
+    v = torch.randn(4, 8, requires_grad=True)
+    dx, dv = torch.autograd.grad(problem.run(x=x).sum() + (v**3).sum(), [x, v], create_graph=True)
+    assert dx.isfinite().all()
+    assert torch.equal(torch.autograd.grad(dv.sum(), v)[0], 6 * v)
 
 
 def test_a_changed_saved_tensor_is_noticed(backend: str) -> None:

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import peft_kernels as pk
 from factories import WEIGHTS, make_problem
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
+EXACT_SCALING = -2.0  # torch.compile multiplies it into lora_b: a power of two brings no rounding
 EACH_WEIGHT = pytest.mark.parametrize("weight", WEIGHTS)
 
 
@@ -22,6 +24,7 @@ def test_compile_equals_eager(weight: str, dynamic: bool, dropout_p: float) -> N
     )
     for m in (4, 7):
         problem = make_problem(m, 12, 64, weight=weight, dropout_p=dropout_p)
+        problem.scaling = EXACT_SCALING
         expected, grads = problem.run_with_gradients()
         leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
         x = leaves.pop("x")
@@ -32,6 +35,51 @@ def test_compile_equals_eager(weight: str, dynamic: bool, dropout_p: float) -> N
         y.backward(problem.grad)
         for name, leaf in {"x": x, **leaves}.items():
             assert torch.equal(leaf.grad, grads[name]), name
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_compile_multiplies_scaling_into_lora_b(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As eager mode does with a tensor, bit for bit, and in fp32 within the bounds of eager mode."""
+    problem = make_problem(5, 12, 64, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    problem.scaling = 0.7
+    compiled = torch.compile(problem.run, fullgraph=True, backend="aot_eager")
+    leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
+    results = []
+    y = compiled(**leaves)
+    results.append((y, *torch.autograd.grad(y, list(leaves.values()), problem.grad)))
+    if dtypes[1] == torch.float32:
+        problem.check(y.detach())
+        problem.check_gradients(dict(zip(leaves, results[0][1:], strict=True)))
+    problem.scaling = torch.tensor(0.7)
+    y = problem.run(**leaves)
+    results.append((y, *torch.autograd.grad(y, list(leaves.values()), problem.grad)))
+    for name, got, expected in zip(("y", *leaves), *results, strict=True):
+        assert torch.equal(got, expected), name
+
+
+def test_any_scaling_runs_in_two_graphs() -> None:
+    problem = make_problem(5, 12, 64, parts=["lora"])
+    leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
+    compiled = torch.compile(pk.functional.adapted_linear, fullgraph=True, backend="aot_eager")
+    counters["stats"].clear()
+    for scaling in (1.0, 2.0, 0.5, 0.25, -4.0, 8.0):
+        problem.scaling = scaling
+        expected = problem.run(**leaves)
+        y = compiled(
+            leaves["x"], problem.weight, lora_a=leaves["lora_a"], lora_b=leaves["lora_b"], scaling=scaling
+        )
+        assert torch.equal(y, expected)
+        for got, grad in zip(
+            torch.autograd.grad(y, list(leaves.values()), problem.grad),
+            torch.autograd.grad(expected, list(leaves.values()), problem.grad),
+            strict=True,
+        ):
+            assert torch.equal(got, grad)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 def test_compile_draws_a_new_mask_each_call_and_follows_the_seed() -> None:
@@ -107,6 +155,7 @@ def test_autocast_leaves_float64_alone() -> None:
 @EACH_WEIGHT
 def test_compile_under_autocast(weight: str) -> None:
     problem = make_problem(5, 12, 64, weight=weight, parts=["lora"])
+    problem.scaling = EXACT_SCALING
 
     def call() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -119,6 +168,7 @@ def test_compile_under_autocast(weight: str) -> None:
 
 def test_compile_in_float64() -> None:
     problem = make_problem(5, 12, 64, dtype=torch.float64, dropout_p=0.3)
+    problem.scaling = EXACT_SCALING
     compiled = torch.compile(problem.run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(), problem.run())
 

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -105,6 +106,14 @@ meta = {"device": "meta"}
         ({"bias": torch.zeros(12, **meta)}, "bias must be on the device of x, cpu, got meta; move it with"),
         ({"scaling": math.nan}, "scaling must be finite, got nan"),
         ({"scaling": math.inf}, "scaling must be finite, got inf"),
+        (
+            {"scaling": 3.0, "lora_a": None, "lora_b": None},
+            "scaling must be 1.0 without lora_a and lora_b, got 3.0",
+        ),
+        (
+            {"scaling": torch.tensor(3.0), "lora_a": None, "lora_b": None},
+            "scaling must be 1.0 without lora_a and lora_b, got 3.0",
+        ),
         ({"scaling": torch.ones(2)}, "scaling must have one element, got [2]"),
         ({"dropout_p": 1.0}, "dropout_p must be in [0, 1), got 1.0"),
         ({"dropout_p": -0.1}, "dropout_p must be in [0, 1), got -0.1"),
@@ -147,6 +156,27 @@ def test_public_call_refuses(backend: str, change: dict[str, Any], message: str)
     }
     with pytest.raises(ValueError, match=re.escape(message)):
         pk.functional.adapted_linear(**arguments)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "column_scale", "input_scale", "bias"])
+@pytest.mark.parametrize("value", [[1.0], numpy.zeros((12, 64), numpy.float32), torch.nn.Linear(64, 12)])
+def test_public_call_refuses_what_is_no_tensor(name: str, value: object) -> None:
+    arguments = {
+        "x": torch.zeros(4, 64),
+        "weight": torch.zeros(12, 64),
+        "lora_a": torch.zeros(3, 64),
+        "lora_b": torch.zeros(12, 3),
+    }
+    with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got .*{type(value).__name__}; "):
+        pk.functional.adapted_linear(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("adapter", [(), (torch.zeros(3, 64), torch.zeros(12, 3))], ids=["none", "lora"])
+@pytest.mark.parametrize("scaling", ["1", None])
+def test_public_call_refuses_a_scaling_that_is_no_number(adapter: tuple[Any, ...], scaling: Any) -> None:
+    lora = dict(zip(("lora_a", "lora_b"), adapter, strict=False))
+    with pytest.raises(TypeError, match=f"^scaling must be a number, got {scaling!r}$"):
+        pk.functional.adapted_linear(torch.zeros(4, 64), torch.zeros(12, 64), scaling=scaling, **lora)
 
 
 def test_special_cases_refuse_a_dense_weight_for_nf4() -> None:

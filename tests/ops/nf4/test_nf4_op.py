@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -59,6 +60,12 @@ def test_compile(fresh_compiler: None) -> None:
 def test_quantize_refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         pk.functional.nf4_quantize(*arguments)
+
+
+@pytest.mark.parametrize("weight", [numpy.zeros((4, 64), numpy.float32), torch.nn.Linear(64, 4)])
+def test_quantize_refuses_what_is_no_tensor(weight: object) -> None:
+    with pytest.raises(TypeError, match=f"^weight must be a torch.Tensor, got .*{type(weight).__name__}; "):
+        pk.functional.nf4_quantize(weight)
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,11 @@ def test_from_bitsandbytes_refuses(arguments: Any, message: str) -> None:
         pk.NF4Weight.from_bitsandbytes(*arguments)
 
 
+def test_from_bitsandbytes_refuses_a_layer() -> None:
+    with pytest.raises(TypeError, match=r"^packed must be a .*, got .*Linear4bit; pass layer\.weight$"):
+        pk.NF4Weight.from_bitsandbytes(bnb.nn.Linear4bit(64, 8))
+
+
 def test_constructor_refuses() -> None:
     w = pk.functional.nf4_quantize(torch.randn(8, 64))
     spread = torch.zeros(512, dtype=torch.uint8)[::2]
