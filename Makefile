@@ -26,7 +26,7 @@ build: .venv/installed .venv/built ## Compile the native library into peft_kerne
 test: build ## Run the Python tests
 	$(BIN)/python -m pytest tests
 
-demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about 5 minutes)
+demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about a minute)
 	$(BIN)/python examples/demo.py
 
 bench: build ## Measure every kernel against its baselines (quick suite)
