@@ -88,7 +88,7 @@ def test_other_ops_refuse_bad_arguments(call: Callable[[], Any], message: str) -
 
 def test_failed_allocation_says_so() -> None:
     packed, absmax = OPS.nf4_quantize(torch.zeros(32), 32)
-    with pytest.raises(RuntimeError, match=r"no memory for a contiguous copy: .*allocate"):
+    with pytest.raises(RuntimeError, match="no memory for a contiguous copy: "):
         OPS.adapted_linear(
             *(torch.zeros(1, 1).expand(2**40, 1), packed[:1], absmax, None, None, None, 0, 32, 2),
             *(None, None, 1.0, None, None, None, 0.0, None, False),
