@@ -149,11 +149,13 @@ void nf4_dequantize(const NF4Weight& w, int64_t count, MutableArray out, ThreadP
   });
 }
 
-// The code of a value scaled to [-1, 1]: the number of midpoints between levels that lie below it; NaN gives 15.
-inline uint8_t nearest_code(const float (&midpoint)[15], float value) {
-  int code = 0;
-  for (int i = 0; i < 15; ++i) code += !(midpoint[i] >= value);
-  return static_cast<uint8_t>(code);
+// codes[i] = the number of midpoints between levels that lie below value[i], which is scaled to [-1, 1]; NaN gives 15.
+// Midpoint by midpoint, so that the loop over values is one that compilers turn into vectors.
+void nearest_codes(const float (&midpoint)[15], const float* value, int64_t count, int32_t* codes) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = 0;
+  for (const float m : midpoint) {
+    for (int64_t i = 0; i < count; ++i) codes[i] += !(m >= value[i]);
+  }
 }
 
 // Bit for bit what bitsandbytes stores: a full block multiplies by the rounded reciprocal of its absmax, a last partial
@@ -168,7 +170,7 @@ void nf4_quantize(Array weight, int64_t count, int blocksize_log2, uint8_t* pack
 
   parallel(pool, ceil_div(count, kLargestBlock), [&](int64_t task) {
     float* value = task_scratch(2 * kLargestBlock);
-    uint8_t* code = reinterpret_cast<uint8_t*>(value + kLargestBlock);
+    int32_t* code = reinterpret_cast<int32_t*>(value + kLargestBlock);
     for (int64_t block = task * blocks_a_task; block < lesser((task + 1) * blocks_a_task, ceil_div(count, blocksize));
          ++block) {
       const int64_t first = block * blocksize, n = lesser(blocksize, count - first);
@@ -187,8 +189,9 @@ void nf4_quantize(Array weight, int64_t count, int blocksize_log2, uint8_t* pack
       const float reciprocal = 1.0f / divisor;
       for (int64_t i = 0; i < n; ++i) {
         const float scaled = partial ? value[i] / divisor : value[i] * reciprocal;
-        code[i] = nearest_code(midpoint, scaled > 1.0f ? 1.0f : (scaled < -1.0f ? -1.0f : scaled));
+        value[i] = scaled > 1.0f ? 1.0f : (scaled < -1.0f ? -1.0f : scaled);
       }
+      nearest_codes(midpoint, value, n, code);
       if (n & 1) code[n] = 7;  // the level 0
       for (int64_t i = 0; i < n; i += 2) packed[(first + i) >> 1] = static_cast<uint8_t>(code[i] << 4 | code[i + 1]);
     }
