@@ -17,9 +17,8 @@ from peft_kernels.core.library import native_library
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_LAST_LEVEL = 32 << 20
-ROTATED_BYTES = (
-    1 << 20
-)  # smaller weights live in a cache in a real model too: MiniLM's are 0.1 to 0.4 MB each
+# Smaller weights live in a cache in a real model too: MiniLM's are 0.1 to 0.4 MB each.
+ROTATED_BYTES = 1 << 20
 MAX_COPIES = 64
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,29 @@ _PROC = Path("/proc/self")
 
 
 def saved_bytes(program: Program) -> int | None:
-    """Bytes that one forward keeps alive for its backward: whole storages, weights and parameters excluded.
+    """Bytes that one forward of a case keeps alive for its backward; None where nothing is differentiated."""
+    return None if program.forward is None else saved_by(program.forward, program.frozen)
 
-    The input x counts: it must stay alive. None where nothing is differentiated.
+
+def saved_by(forward: Callable[[], Any], excluded: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps alive for its backward: whole storages, those of `excluded` left out.
+
+    Args:
+        forward: the call; its input counts, since it must stay alive.
+        excluded: weights and parameters, which are there anyway.
     """
-    if program.forward is None:
-        return None
-    frozen = {tensor.untyped_storage().data_ptr() for tensor in program.frozen}
-    saved: dict[int, int] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    saved: dict[int, int] = {}  # address of a storage -> bytes: what is saved twice is there once
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
+        if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = (
-            program.forward()
-        )  # alive until all is counted, or a storage could be freed and its address reused
-    del y
+        result = forward()  # kept until all is counted: a freed storage's address could be used again
+    del result
     return sum(saved.values())
 
 

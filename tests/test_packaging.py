@@ -90,12 +90,7 @@ def test_every_requirement_is_pinned() -> None:
 @needs_library
 def test_the_library_depends_on_torch_and_the_c_library_alone() -> None:
     """No Python symbol (one binary for every Python), no libtorch_python, no path of the building machine."""
-    dynamic = subprocess.run(
-        ["readelf", "--dynamic", "--wide", str(NATIVE_LIBRARY_PATH)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    dynamic = subprocess.check_output(["readelf", "--dynamic", "--wide", str(NATIVE_LIBRARY_PATH)], text=True)
     needed = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.+)\]", dynamic)}
     assert {"libtorch", "libtorch_cpu"} <= needed
     assert needed <= {
@@ -110,12 +105,9 @@ def test_the_library_depends_on_torch_and_the_c_library_alone() -> None:
     }
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
-    symbols = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", str(NATIVE_LIBRARY_PATH)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    symbols = subprocess.check_output(
+        ["nm", "--dynamic", "--undefined-only", str(NATIVE_LIBRARY_PATH)], text=True
+    )
     assert not re.search(r"\b_?Py[A-Z_]\w+", symbols)
     assert str(ROOT).encode() not in NATIVE_LIBRARY_PATH.read_bytes()
 
@@ -166,9 +158,7 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
     objects = list(checkout.glob("build/temp.*/native/**/isa/*.o"))
     assert {path.name.partition(".")[0] for path in objects} >= {"portable"}
     for path in objects:
-        symbols = subprocess.run(
-            ["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True
-        ).stdout
+        symbols = subprocess.check_output(["nm", "-C", "--defined-only", str(path)], text=True)
         assert "::kTable" in symbols
         assert re.findall(r" [WV] .*", symbols) == [], path.name
 

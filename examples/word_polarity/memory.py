@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from peft_kernels.bench.memory import saved_by
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,15 +34,5 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
 def saved_for_backward_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that `forward` keeps alive for the backward pass, not counting the model's own tensors."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}  # address of a storage -> bytes: what is saved twice is there once
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
-    return sum(saved.values())
+    saved: int = saved_by(forward, (*model.parameters(), *model.buffers()))
+    return saved

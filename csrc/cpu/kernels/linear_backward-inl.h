@@ -184,10 +184,7 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
     for (int64_t m0 = 0; m0 < p.tokens && through_weight; m0 += kBlockTokens) {
       const int64_t tokens = lesser(kBlockTokens, p.tokens - m0);
       if (p.base) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          load_row(p.base, (m0 + t) * in_features + k0, inputs, sums + t * width);
-          fill_zero(sums + t * width + inputs, width - inputs);
-        }
+        load_block(p.base, in_features, m0, tokens, k0, inputs, width, sums);
       } else if (few_dz != nullptr) {
         gemv_by_inputs<kGemvByInputTokens>(tokens, p.nf4, in_features, out_features, few_dz, k0, width, sums);
       } else {

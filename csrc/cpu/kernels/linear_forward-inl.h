@@ -224,10 +224,7 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
     float* sums = scratch.take(tokens * block);         // [tokens, width]
 
     if (p.base) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        load_row(p.base, (m0 + t) * out_features + n0, columns, sums + t * width);
-        fill_zero(sums + t * width + columns, width - columns);
-      }
+      load_block(p.base, out_features, m0, tokens, n0, columns, width, sums);
     } else {
       fill_zero(sums, tokens * width);
       for (int64_t k0 = 0; k0 < in_features; k0 += kBlockDepth) {
@@ -268,8 +265,8 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
 }
 
 void adapted_linear(const AdaptedLinear& p, ThreadPool pool) {
-  if (p.lowrank.rank != 0) lowrank_down(p, pool);
   if (p.tokens == 0) return;
+  if (p.lowrank.rank != 0) lowrank_down(p, pool);
   if (!p.base && p.tokens <= kGemvTokens && rows_are_whole_blocks(p.nf4, p.in_features)) {
     forward_gemv(p, pool);
   } else {

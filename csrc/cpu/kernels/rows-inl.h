@@ -84,6 +84,15 @@ const float* as_float(Array src, int64_t offset, int64_t count, float* buffer) {
 void fill_zero(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.0f;
 }
+// dst[i][j] = src[first_row + i][first_column + j] for j < columns, 0 from there to `width`; src has `row_size`
+// columns.
+void load_block(Array src, int64_t row_size, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
+                int64_t width, float* dst) {
+  for (int64_t i = 0; i < rows; ++i, dst += width) {
+    load_row(src, (first_row + i) * row_size + first_column, columns, dst);
+    fill_zero(dst + columns, width - columns);
+  }
+}
 void multiply_row(float* row, const float* factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) row[i] *= factor[i];
 }
