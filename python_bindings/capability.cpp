@@ -1,4 +1,4 @@
-// What peft_kernels/core/library.py asks the library about itself, through ctypes.
+// What peft_kernels/core/library.py and plan.py ask the library about itself, through ctypes.
 #include <exception>
 
 #include "cpu/api.h"
@@ -14,4 +14,26 @@ extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_c
   } catch (const std::exception&) {
     return nullptr;
   }
+}
+
+// How `tokens` rows are multiplied with an NF4 weight; `dtype` counts as in cpu::DType. Null as above.
+extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_plan(bool by_input, int64_t tokens,
+                                                                                    int64_t in_features,
+                                                                                    int64_t blocksize_log2,
+                                                                                    int32_t dtype, bool scaled) {
+  using namespace peft_kernels::cpu;
+  try {
+    const Method method = kernels().plan(
+        {by_input, tokens, in_features, static_cast<int>(blocksize_log2), static_cast<DType>(dtype), scaled});
+    switch (method) {
+      case Method::kGemv:
+        return "look-up GEMV";
+      case Method::kFp32Panels:
+        return "fp32 panels";
+      case Method::kBf16Panels:
+        return "bf16 panels";
+    }
+  } catch (const std::exception&) {
+  }
+  return nullptr;
 }

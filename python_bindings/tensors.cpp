@@ -61,20 +61,22 @@ NF4Tensors::NF4Tensors(const Tensor& packed_, const Tensor& absmax_, const Optio
 }
 
 cpu::ThreadPool torch_threads() {
-  return {[](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
-    // An exception must not cross torch's C interface: the first is kept, and thrown again when all threads are done.
-    std::exception_ptr failure;
-    std::mutex guard;
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      try {
-        body(context, begin, end);
-      } catch (const std::bad_alloc&) {  // for scratch: all that a kernel can throw
-        const std::lock_guard<std::mutex> lock(guard);
-        failure = std::current_exception();
-      }
-    });
-    if (failure) std::rethrow_exception(failure);
-  }};
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
+            // An exception must not cross torch's C interface: the first is kept, and thrown again when all threads are
+            // done.
+            std::exception_ptr failure;
+            std::mutex guard;
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              try {
+                body(context, begin, end);
+              } catch (const std::bad_alloc&) {  // for scratch: all that a kernel can throw
+                const std::lock_guard<std::mutex> lock(guard);
+                failure = std::current_exception();
+              }
+            });
+            if (failure) std::rethrow_exception(failure);
+          }};
 }
 
 }  // namespace peft_kernels::bindings

@@ -8,7 +8,9 @@ import torch
 
 import numerics
 import peft_kernels as pk
+from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
+from peft_kernels.core.plan import Product
 
 WEIGHTS = ("dense", "nf4", "nf4_double")
 PARTS = ("lora", "column_scale", "input_scale", "bias")
@@ -69,7 +71,7 @@ class Problem:
         """Compare a result with float64."""
         exact, magnitude = self.formula(self.tensors), self.formula(self.absolute(), absolute=True)
         allowed = numerics.bound(exact, magnitude, self.roundings()["y"], y.dtype)
-        numerics.assert_within("y", y, exact, allowed + self.base_roundoff() * magnitude)
+        numerics.assert_within("y", y, exact, allowed + self.base_roundoff("forward") * magnitude)
 
     def check_gradients(self, grads: numerics.Tensors) -> None:
         """Compare gradients with float64."""
@@ -84,8 +86,9 @@ class Problem:
                 allowed = allowed + numerics.unit_roundoff(self.grad.dtype) * exact[name].abs()
             if name == "column_scale":  # from z, which is kept rounded to the dtype of x
                 allowed = allowed + numerics.unit_roundoff(self.grad.dtype) * magnitude[name]
-            if name in ("x", "input_scale", "column_scale"):
-                allowed = allowed + self.base_roundoff() * magnitude[name]
+            if name in ("x", "input_scale", "column_scale"):  # the last comes from z, a result of the forward
+                direction = "forward" if name == "column_scale" else "backward"
+                allowed = allowed + self.base_roundoff(direction) * magnitude[name]
             numerics.assert_within(f"gradient of {name}", grad, exact[name], allowed)
 
     def roundings(self) -> dict[str, int]:
@@ -108,19 +111,24 @@ class Problem:
             "bias": m,
         }
 
-    def base_roundoff(self) -> float:
-        """What 16-bit dense weights may add: the native backend leaves their product to torch's GEMM.
+    def base_roundoff(self, direction: str) -> float:
+        """What the native backend's 16-bit products with the weight may add, relative to their magnitude.
 
-        That takes 16-bit operands (x * l_in, or c * g, rounded once) and returns a 16-bit result (rounded
-        once), as torch.nn.functional.linear does.
+        A dense weight's is torch's GEMM: it takes 16-bit operands (x * l_in, or c * g, rounded once) and
+        returns a 16-bit result (rounded once), as torch.nn.functional.linear does. An NF4 weight is rounded
+        once where bf16 panels are planned.
         """
         dtype = self.grad.dtype
-        native = backend_of("adapted_linear", "cpu") != "reference"
-        return (
-            2 * numerics.unit_roundoff(dtype)
-            if native and isinstance(self.weight, torch.Tensor) and dtype.itemsize == 2
-            else 0.0
-        )
+        if backend_of("adapted_linear", "cpu") == "reference" or dtype.itemsize != 2:
+            return 0.0
+        if isinstance(self.weight, torch.Tensor):
+            return 2 * numerics.unit_roundoff(dtype)
+        backward = direction == "backward"
+        tokens, in_features = self.tensors["x"].shape
+        product = Product(in_features, self.weight.blocksize, dtype, self.grad.device)
+        scaled = ("column_scale" if backward else "input_scale") in self.tensors
+        bf16 = plan.method(product, tokens, backward=backward, scaled=scaled) == "bf16 panels"
+        return numerics.unit_roundoff(dtype) if bf16 else 0.0
 
     def absolute(self) -> numerics.Tensors:
         """Inputs by magnitude."""

@@ -52,6 +52,12 @@ def bound(exact: torch.Tensor, magnitude: torch.Tensor, n: int, dtype: torch.dty
     return accumulated + unit_roundoff(dtype) * (exact.abs() + accumulated) + smallest(dtype)
 
 
+def nf4_bound(exact: torch.Tensor, magnitude: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """`bound` for a product with an NF4 weight, which for bf16 may be rounded to bf16 first."""
+    weight = unit_roundoff(dtype) if dtype == torch.bfloat16 else 0.0
+    return bound(exact, magnitude, n, dtype) + weight * magnitude
+
+
 def assert_within(name: str, actual: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> None:
     """Every element of `actual` is within `allowed` of `exact` (both float64)."""
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"

@@ -23,6 +23,7 @@ struct MutableArray {
 // The caller's thread pool. Runs body(context, begin, end) over disjoint ranges that cover [0, tasks), and nothing else
 // on their threads until it returns (scratch belongs to the thread: scratch.h).
 struct ThreadPool {
+  int threads;  // how finely to divide work; never what is computed
   void (*parallel_for)(int64_t tasks, void* context, void (*body)(void* context, int64_t begin, int64_t end));
 };
 
@@ -87,8 +88,23 @@ struct AdaptedLinearBackward {
   MutableArray dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias;
 };
 
+// One product with a frozen NF4 weight W [N, K]: x W^T, or for the input gradient dz W.
+struct NF4Product {
+  bool by_input = false;  // the input gradient
+  int64_t tokens = 0, in_features = 0;
+  int blocksize_log2 = 0;
+  DType dtype = DType::kFloat32;  // of x, or of the gradient
+  bool scaled = false;            // that operand is multiplied by an input scale, or a column scale, first
+};
+enum class Method : int32_t {
+  kGemv,        // each code is looked up straight into an fp32 sum
+  kFp32Panels,  // blocks of W are decoded in fp32, for a block of tokens
+  kBf16Panels,  // the same in bf16: W is rounded to bf16, products are summed in fp32
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
+  Method (*plan)(const NF4Product& product);
   void (*nf4_quantize)(Array weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax,
                        ThreadPool pool);
   void (*nf4_dequantize)(const NF4Weight& weight, int64_t count, MutableArray out, ThreadPool pool);

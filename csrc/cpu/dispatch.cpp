@@ -19,6 +19,9 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+namespace avx512_bf16 {
+extern const Kernels kTable;
+}
 #endif
 
 namespace {
@@ -41,6 +44,7 @@ struct Available {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) add(&avx2::kTable);
     if (avx512) add(&avx512::kTable);
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(&avx512_bf16::kTable);
 #endif
   }
 };

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import nf4_linear
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
@@ -45,6 +46,16 @@ class FusedLinear4bit(FusedLayer):
             except ValueError as error:
                 reason = str(error)
         return Status(not reason, reason)
+
+    @staticmethod
+    def product(layer: nn.Module) -> Product | None:
+        """By the weight's quant state; in float32 as long as no compute dtype is set."""
+        parameter: Any = layer._parameters.get("weight")
+        if _unreadable(parameter):
+            return None
+        state = parameter.quant_state
+        dtype: Any = layer.compute_dtype
+        return Product(state.shape[-1], state.blocksize, dtype or torch.float32, parameter.device)
 
     def on_fused(self) -> None:
         """Put rearranged bytes back into order now: a trace by torch.compile could not."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import lora_linear, nf4_lora_linear
 from peft_kernels.nn.dropout import PhiloxDropout
@@ -98,6 +99,12 @@ class FusedLoraLinear4bit(FusedLayer):
         dtype = adapter.lora_a.dtype
         reason = _dtype_reason(layer, adapter, dtype, base.compute_dtype or dtype)
         return Status(not reason, reason)
+
+    @staticmethod
+    def product(layer: nn.Module) -> Product | None:
+        """The base layer's."""
+        base: Any = layer.base_layer
+        return FusedLinear4bit.product(base)
 
     @staticmethod
     def parts(layer: nn.Module) -> Iterable[nn.Module]:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from peft_kernels.core.plan import Product
+
 
 class Status(NamedTuple):
     """Whether a plain call of a layer runs fused as things stand, and why not (or a remark)."""
@@ -44,6 +46,11 @@ class FusedLayer(nn.Module):
     def parts(layer: nn.Module) -> Iterable[nn.Module]:
         """Layers inside `layer` that are fused along with it and share its row in the report."""
         return ()
+
+    @staticmethod
+    def product(layer: nn.Module) -> Product | None:
+        """The layer's product with an NF4 weight, where it has one that can be read."""
+        return None
 
     def on_fused(self) -> None:
         """Called once the layer has its fused forward."""

@@ -1,6 +1,7 @@
 """Give a model's layers their fused forward, take it back, and say how things stand."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from types import MethodType
@@ -8,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.core.plan import Product, plans
 from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
-from peft_kernels.surgery.report import Report, Row
+from peft_kernels.surgery.report import Report, Row, Work
 
 NamedLayers = list[tuple[str, nn.Module]]
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -73,10 +75,19 @@ def explain(model: nn.Module) -> Report:
     """Which PEFT and bitsandbytes layers of `model` would run fused if called now, and why the others not.
 
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
-    stock forward because of its input, the row says so.
+    stock forward because of its input, the row says so. Below the layers: which methods compute the products
+    with their NF4 weights on this CPU, by number of tokens.
     """
     _require_module(model)
-    return Report(tuple(_row(name, layer) for name, layer in _layers(model)))
+    rows, products = [], Counter[Product]()
+    for name, layer in _layers(model):
+        row = _row(name, layer)
+        rows.append(row)
+        handler: Any = find_handler(layer)
+        if row.fused and (product := handler.product(layer)):
+            products[product] += 1
+    works = (Work(count, product, plans(product)) for product, count in products.items())
+    return Report(tuple(rows), tuple(work for work in works if work.plans))
 
 
 def _require_module(model: object) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from peft_kernels.core.plan import Plan, Product
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,11 +29,27 @@ class Row:
     reason: str
 
 
+@dataclass(frozen=True)
+class Work:
+    """How the native kernels compute the products of some fused layers with their NF4 weights.
+
+    Attributes:
+        layers: how many layers have this product.
+        product: what they have in common.
+        plans: the methods by number of tokens M, for "forward" and "input gradient".
+    """
+
+    layers: int
+    product: Product
+    plans: dict[str, Plan]
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """All layers surgery knows of, in the model's order. Its text is a table, in a notebook too."""
 
     rows: tuple[Row, ...]
+    works: tuple[Work, ...] = ()
 
     @property
     def fused(self) -> tuple[Row, ...]:
@@ -57,7 +75,9 @@ class Report:
                 Text(row.name, overflow="fold"), row.layer, "yes" if row.fused else "no", Text(row.reason)
             )
         summary = f"{len(self.fused)} of {len(self)} PEFT and bitsandbytes layers fused"
-        return Group(summary, table) if self.rows else Group("no PEFT or bitsandbytes layers")
+        if not self.rows:
+            return Group("no PEFT or bitsandbytes layers")
+        return Group(summary, table, *map(_sentence, self.works))
 
     def __str__(self) -> str:
         # Without colour codes, as it may end up in a file; there is no terminal then: 120 columns read well.
@@ -67,3 +87,10 @@ class Report:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     __repr__ = __str__
+
+
+def _sentence(work: Work) -> Text:
+    dtype = str(work.product.dtype).removeprefix("torch.")
+    layers = "1 layer" if work.layers == 1 else f"{work.layers} layers"
+    methods = "; ".join(f"{direction}: {plan}" for direction, plan in work.plans.items())
+    return Text(f"{layers} with K = {work.product.in_features} in {dtype}, M tokens: {methods}")

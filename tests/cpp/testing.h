@@ -38,14 +38,14 @@ inline std::vector<const Kernels*> all_kernels() {
 // A pool of kThreads threads, each taking an equal share, as torch's does.
 template <int kThreads>
 ThreadPool threads() {
-  return {[](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
-    std::vector<std::thread> running;
-    for (int64_t i = 1; i < kThreads; ++i) {
-      running.emplace_back(body, context, tasks * i / kThreads, tasks * (i + 1) / kThreads);
-    }
-    body(context, 0, tasks / kThreads);
-    for (std::thread& thread : running) thread.join();
-  }};
+  return {kThreads, [](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
+            std::vector<std::thread> running;
+            for (int64_t i = 1; i < kThreads; ++i) {
+              running.emplace_back(body, context, tasks * i / kThreads, tasks * (i + 1) / kThreads);
+            }
+            body(context, 0, tasks / kThreads);
+            for (std::thread& thread : running) thread.join();
+          }};
 }
 
 class Random {

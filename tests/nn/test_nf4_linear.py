@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peft_kernels as pk
-from numerics import assert_within, bound
+from numerics import assert_within, bound, nf4_bound
 from peft_kernels.nn import NF4Linear
 
 DOUBLE = [False, True]
@@ -38,8 +38,8 @@ def test_forward_and_backward(double_quant: bool, dtype: torch.dtype) -> None:
         x @ weight.t() + layer.bias.double(),
         x.abs() @ weight.abs().t() + layer.bias.double().abs(),
     )
-    assert_within("y", y.detach(), exact.detach(), bound(exact, magnitude, 128 + 3, dtype).detach())
-    assert_within("dx", dx, grad @ weight, bound(grad @ weight, grad.abs() @ weight.abs(), 96 + 3, dtype))
+    assert_within("y", y.detach(), exact.detach(), nf4_bound(exact, magnitude, 128 + 3, dtype).detach())
+    assert_within("dx", dx, grad @ weight, nf4_bound(grad @ weight, grad.abs() @ weight.abs(), 96 + 3, dtype))
     exact, magnitude = grad.sum((0, 1)), grad.abs().sum((0, 1))
     assert_within("dbias", dbias, exact, bound(exact, magnitude, 10, dtype))
 

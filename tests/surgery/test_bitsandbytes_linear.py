@@ -11,7 +11,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft_models import linear4bit
 from torch import nn
 
-from numerics import assert_within, bound, gamma
+from numerics import assert_within, bound, gamma, nf4_bound
 from peft_kernels.surgery import Row, explain, replace_layers, restore_layers
 from peft_kernels.surgery.bitsandbytes_linear import nf4_weight
 
@@ -51,9 +51,9 @@ def test_product_and_gradient(base: str, dtype: torch.dtype) -> None:
     assert y.dtype == dx.dtype == dtype
     x = x.detach().double()
     exact, magnitude = x @ weight.t() + layer.bias.double(), x.abs() @ weight.abs().t() + layer.bias.abs()
-    assert_within("y", y, exact, bound(exact, magnitude, 128 + 3, dtype))
+    assert_within("y", y, exact, nf4_bound(exact, magnitude, 128 + 3, dtype))
     exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    assert_within("gradient of x", dx, exact, bound(exact, magnitude, 96 + 3, dtype))
+    assert_within("gradient of x", dx, exact, nf4_bound(exact, magnitude, 96 + 3, dtype))
 
 
 def test_compute_dtype() -> None:

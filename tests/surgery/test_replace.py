@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import assert_close, layer, make_llama, make_mlp, pair
+from peft_models import assert_close, layer, linear4bit, make_llama, make_mlp, pair
 from rich.console import Console
 from torch import nn
 
+from peft_kernels.core.plan import plans
 from peft_kernels.surgery import Report, Row, explain, replace, replace_layers, restore_layers
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit
 from peft_kernels.surgery.registry import FusedLayer
@@ -221,6 +222,18 @@ def test_report_text(monkeypatch: pytest.MonkeyPatch) -> None:
     with console.capture() as captured:
         console.print(report)
     assert reason in captured.get()
+
+
+def test_report_says_how_nf4_products_are_computed() -> None:
+    model = nn.Sequential(
+        *(linear4bit(nn.Linear(64, 64)) for _ in range(2)),
+        linear4bit(nn.Linear(64, 64), compute_dtype=torch.bfloat16),
+    )
+    report = replace_layers(model)
+    assert [work.layers for work in report.works] == [2, 1]
+    for work in report.works:
+        assert work.plans == plans(work.product)
+        assert str(work.plans["forward"]) in " ".join(str(report).split())
 
 
 def test_surgery_imports_neither_peft_nor_bitsandbytes() -> None:

@@ -1,5 +1,8 @@
 #include "../simd/avx2.h"
 
+#include <cstring>
+#include <type_traits>
+
 #include "../../common/nf4.h"
 #include "../api.h"
 #include "../scratch.h"

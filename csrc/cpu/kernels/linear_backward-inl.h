@@ -5,7 +5,6 @@
 // As in the forward, no sum's order depends on the number of threads. W is never held but for one block of panels.
 
 inline constexpr int64_t kMostBlockInputs = kBlockDepth;  // input features that a task owns, at most
-inline constexpr int64_t kGemvByInputTokens = 4;          // the limit of the look-up GEMV; from 5 on panels are faster
 
 // grad[m, n0 .. n0 + count) * column_scale in fp32; column_scale is those features' values, or null.
 void load_dz(const AdaptedLinearBackward& p, int64_t m, int64_t n0, int64_t count, const float* column_scale,
@@ -60,7 +59,7 @@ inline int64_t transposed_size(int64_t tokens, int64_t rank) {
 // dB = scaling * dz^T u, d bias = sum g, d column_scale = sum g * z; tasks own output features.
 void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed, ThreadPool pool) {
   const int64_t rank = p.dlora_b ? p.lowrank.rank : 0;
-  const int64_t block = block_columns(p.out_features, kMostBlockColumns);
+  const int64_t block = block_columns(p.out_features, kMostBlockColumns, pool);
   parallel(pool, ceil_div(p.out_features, block), [&](int64_t task) {
     const int64_t n0 = task * block, columns = lesser(block, p.out_features - n0);
     const int64_t width = ceil_div(columns, kPanelColumns) * kPanelColumns;
@@ -158,13 +157,47 @@ void gemv_by_inputs(int64_t tokens, const NF4Weight& w, int64_t in_features, int
   }
 }
 
+// sums[t][i] = dz[m0 + t] . W[:, k0 + i], by panels, for i < width; zero from `inputs` on.
+template <class P>
+void multiply_by_input(const AdaptedLinearBackward& p, int64_t m0, int64_t tokens, int64_t k0, int64_t inputs,
+                       int64_t width, float* a, float* panels, float* sums) {
+  using Unit = typename P::Unit;
+  static_assert(sizeof(Unit) == sizeof(float));
+  Unit* units = reinterpret_cast<Unit*>(a);
+  Unit* panel = reinterpret_cast<Unit*>(panels);
+  fill_zero(sums, tokens * width);
+  for (int64_t n0 = 0; n0 < p.out_features; n0 += kBlockElements<P>) {
+    const int64_t depth = lesser(kBlockElements<P>, p.out_features - n0);
+    float scale_buffer[kBlockElements<P>];
+    const float* column_scale = optional_as_float(p.column_scale, n0, depth, scale_buffer);
+    for (int64_t t = 0; t < tokens; ++t) {
+      load_operand<P>(p.grad, (m0 + t) * p.out_features + n0, depth, column_scale, units + t * kBlockDepth);
+    }
+    for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
+      decode_panel_by_input<P>(p.nf4, p.in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j), panel);
+      multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
+    }
+  }
+}
+// P is void in a set without bf16 arithmetic, which plans no such product.
+template <class P>
+void multiply_by_input_bf16(const AdaptedLinearBackward& p, int64_t m0, int64_t tokens, int64_t k0, int64_t inputs,
+                            int64_t width, float* a, float* panels, float* sums) {
+  if constexpr (!std::is_void_v<P>) multiply_by_input<P>(p, m0, tokens, k0, inputs, width, a, panels, sums);
+}
+
+inline Method plan_backward(const AdaptedLinearBackward& p) {
+  return plan({true, p.tokens, p.in_features, p.nf4.blocksize_log2, p.grad.dtype, static_cast<bool>(p.column_scale)});
+}
+
 // dx, dA and d input_scale; tasks own input features and go through all tokens. `few_dz` is dz [M, N] where the tokens
 // are few enough for the GEMV, else null.
 void backward_inputs(const AdaptedLinearBackward& p, const float* du, const float* du_transposed, const float* few_dz,
                      ThreadPool pool) {
   const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
-  const int64_t block = block_columns(in_features, kMostBlockInputs);
+  const int64_t block = block_columns(in_features, kMostBlockInputs, pool);
   const bool through_weight = p.dx || p.dinput_scale;
+  const Method method = plan_backward(p);
   // Where neither dropout nor an input scale treats the two parts of dx apart, both go into the same sums.
   const bool apart = rank != 0 && (p.lowrank.dropout.threshold != 0 || p.input_scale);
   parallel(pool, ceil_div(in_features, block), [&](int64_t task) {
@@ -185,20 +218,12 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
       const int64_t tokens = lesser(kBlockTokens, p.tokens - m0);
       if (p.base) {
         load_block(p.base, in_features, m0, tokens, k0, inputs, width, sums);
+      } else if (method == Method::kBf16Panels) {
+        multiply_by_input_bf16<Bf16Pairs>(p, m0, tokens, k0, inputs, width, a, panels, sums);
       } else if (few_dz != nullptr) {
         gemv_by_inputs<kGemvByInputTokens>(tokens, p.nf4, in_features, out_features, few_dz, k0, width, sums);
       } else {
-        fill_zero(sums, tokens * width);
-        for (int64_t n0 = 0; n0 < out_features; n0 += kBlockDepth) {
-          const int64_t depth = lesser(kBlockDepth, out_features - n0);
-          float column_buffer[kBlockDepth];
-          const float* column_scale = optional_as_float(p.column_scale, n0, depth, column_buffer);
-          for (int64_t t = 0; t < tokens; ++t) load_dz(p, m0 + t, n0, depth, column_scale, a + t * kBlockDepth);
-          for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
-            decode_panel_by_input(p.nf4, in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j), panels);
-            multiply_panel(a, kBlockDepth, tokens, panels, depth, sums + j, width);
-          }
-        }
+        multiply_by_input<Fp32>(p, m0, tokens, k0, inputs, width, a, panels, sums);
       }
       if (p.dinput_scale) {
         for (int64_t t = 0; t < tokens; ++t) {
@@ -245,8 +270,7 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
 void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
   const int64_t rank = p.lowrank.rank;
   const bool need_du = rank != 0 && (p.dx || p.dlora_a), through_weight = p.dx || p.dinput_scale;
-  const bool few =
-      through_weight && !p.base && p.tokens <= kGemvByInputTokens && rows_are_whole_blocks(p.nf4, p.in_features);
+  const bool few = through_weight && !p.base && plan_backward(p) == Method::kGemv;
   const int64_t du_size = need_du ? p.tokens * rank : 0, few_size = few ? p.tokens * p.out_features : 0;
   const int64_t du_transposed_size = p.dlora_a ? transposed_size(p.tokens, rank) : 0;
   const int64_t u_transposed_size = p.dlora_b ? transposed_size(p.tokens, rank) : 0;

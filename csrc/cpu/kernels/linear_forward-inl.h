@@ -3,7 +3,6 @@
 // and used by a block of tokens). The order in which one output element is summed depends on shapes only, never on the
 // number of threads.
 
-inline constexpr int64_t kGemvTokens = 6;          // the GEMV's limit
 inline constexpr int64_t kBlockTokens = 192;       // tokens that share a decoded panel; a multiple of every kTileRows
 inline constexpr int64_t kMostBlockColumns = 128;  // output features that a task owns, at most
 
@@ -96,36 +95,50 @@ const float* optional_as_float(Array src, int64_t offset, int64_t count, float* 
 
 // --- few tokens: look-up GEMV -------------------------------------------------------------------------------------
 
-// sums[t * lds + r] = x[t] . W[n0 + r] for kRows rows and kTokens tokens. x is in fp32 with each group of 2 * kLanes
-// split into its even then its odd members, as the nibbles come: high nibbles first.
+// One chunk of the reduction, k0 .. k0 + depth, for kRows output features from n0 on and kTokens tokens.
+struct GemvChunk {
+  const NF4Weight& w;
+  int64_t in_features, k0, depth;
+  const float*
+      x;  // [tokens, depth], each group of 2 * kLanes split into its even then its odd members: as nibbles come
+  bool first, last;  // of the chunks
+  int64_t ahead;     // elements from a row to what this thread reads next
+  float* scales;     // room for 4 rows
+};
+
+// sums[t * lds + r] = x[t] . W[n0 + r], when the last chunk is done; until then `partial` keeps vectors of sums.
 template <int kTokens, int kRows>
-void gemv_rows(const NF4Weight& w, int64_t in_features, const float* x, int64_t n0, float* scales, float* sums,
-               int64_t lds) {
+void gemv_rows(const GemvChunk& c, int64_t n0, float* partial, float* sums, int64_t lds) {
   // Two accumulators where few would leave the FMA units waiting for each other.
   constexpr int kChains = kTokens * kRows * 2 <= kAccumulators ? 2 : 1;
-  const int64_t blocksize = int64_t{1} << w.blocksize_log2, blocks = in_features >> w.blocksize_log2;
+  const int64_t blocksize = int64_t{1} << c.w.blocksize_log2, blocks = ceil_div(c.depth, blocksize);
+  const int64_t ahead_blocks = c.ahead >> c.w.blocksize_log2, span = lesser(blocksize, c.depth);
   const Table code = load_table(kNF4Code);
   const uint8_t* row[kRows];
   Vec acc[kRows][kTokens][kChains];
   for (int r = 0; r < kRows; ++r) {
-    row[r] = w.packed + (((n0 + r) * in_features) >> 1);
-    load_scales(w, (n0 + r) * blocks, blocks, scales + r * blocks);
+    const int64_t element = (n0 + r) * c.in_features + c.k0, block = element >> c.w.blocksize_log2;
+    row[r] = c.w.packed + (element >> 1);
+    load_scales(c.w, block, blocks, c.scales + r * blocks);
+    for (int64_t i = 0; i < blocks; i += kCacheLine / 4) prefetch_scales(c.w, block + ahead_blocks + i);
     for (int t = 0; t < kTokens; ++t) {
-      for (int c = 0; c < kChains; ++c) acc[r][t][c] = zero();
+      for (int i = 0; i < kChains; ++i) {
+        acc[r][t][i] = c.first ? zero() : load(partial + ((r * kTokens + t) * kChains + i) * kLanes);
+      }
     }
   }
   for (int64_t block = 0; block < blocks; ++block) {
     Table table[kRows];
     for (int r = 0; r < kRows; ++r) {
-      table[r] = scale(code, scales[r * blocks + block]);
-      prefetch(row[r] + (block + 16) * blocksize / 2);
+      table[r] = scale(code, c.scales[r * blocks + block]);
+      prefetch(row[r] + (block * blocksize + c.ahead) / 2);
     }
-    for (int64_t k = block * blocksize; k < (block + 1) * blocksize; k += 2 * kLanes) {
+    for (int64_t k = block * blocksize; k < block * blocksize + span; k += 2 * kLanes) {
       for (int r = 0; r < kRows; ++r) {
         const Bytes b = load_bytes(row[r] + k / 2);
         const Vec high = look_up_high(table[r], b), low = look_up_low(table[r], b);
         for (int t = 0; t < kTokens; ++t) {
-          const float* xt = x + t * in_features + k;
+          const float* xt = c.x + t * c.depth + k;
           acc[r][t][0] = fmadd(high, load(xt), acc[r][t][0]);
           acc[r][t][kChains - 1] = fmadd(low, load(xt + kLanes), acc[r][t][kChains - 1]);
         }
@@ -134,57 +147,83 @@ void gemv_rows(const NF4Weight& w, int64_t in_features, const float* x, int64_t 
   }
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) {
-      sums[t * lds + r] = reduce_add(kChains == 2 ? add(acc[r][t][0], acc[r][t][1]) : acc[r][t][0]);
+      if (c.last) {
+        sums[t * lds + r] = reduce_add(kChains == 2 ? add(acc[r][t][0], acc[r][t][1]) : acc[r][t][0]);
+      } else {
+        for (int i = 0; i < kChains; ++i) store(partial + ((r * kTokens + t) * kChains + i) * kLanes, acc[r][t][i]);
+      }
     }
   }
 }
 
 template <int kTokens>
-void gemv_columns(const NF4Weight& w, int64_t in_features, const float* x, int64_t n0, int64_t columns, float* scales,
-                  float* sums, int64_t lds) {
+void gemv_columns(GemvChunk c, int64_t n0, int64_t columns, float* partial, float* sums, int64_t lds) {
   constexpr int kRows = kTokens <= kAccumulators / 4 ? 4 : (kTokens <= kAccumulators / 2 ? 2 : 1);
+  constexpr int64_t kPartial = 2 * kTokens * kLanes;  // a row's, with two chains
+  if (c.first && c.last) c.ahead = kRows * c.in_features;
   int64_t n = 0;
-  for (; n + kRows <= columns; n += kRows) gemv_rows<kTokens, kRows>(w, in_features, x, n0 + n, scales, sums + n, lds);
-  for (; n < columns; ++n) gemv_rows<kTokens, 1>(w, in_features, x, n0 + n, scales, sums + n, lds);
+  for (; n + kRows <= columns; n += kRows) gemv_rows<kTokens, kRows>(c, n0 + n, partial + n * kPartial, sums + n, lds);
+  for (; n < columns; ++n) gemv_rows<kTokens, 1>(c, n0 + n, partial + n * kPartial, sums + n, lds);
 }
 
 template <int kTokens>
-void gemv_dispatch(int64_t tokens, const NF4Weight& w, int64_t in_features, const float* x, int64_t n0, int64_t columns,
-                   float* scales, float* sums, int64_t lds) {
+void gemv_dispatch(int64_t tokens, const GemvChunk& c, int64_t n0, int64_t columns, float* partial, float* sums,
+                   int64_t lds) {
   if constexpr (kTokens > 0) {
-    if (tokens == kTokens) return gemv_columns<kTokens>(w, in_features, x, n0, columns, scales, sums, lds);
-    gemv_dispatch<kTokens - 1>(tokens, w, in_features, x, n0, columns, scales, sums, lds);
+    if (tokens == kTokens) return gemv_columns<kTokens>(c, n0, columns, partial, sums, lds);
+    gemv_dispatch<kTokens - 1>(tokens, c, n0, columns, partial, sums, lds);
   }
+}
+
+// Input features that the GEMV takes at a time. One to four tokens stream through all of them; more would be read from
+// the second-level cache once for every two rows, so a chunk of them is kept in the first for all rows of a task.
+inline int64_t gemv_chunk(int64_t tokens, int64_t in_features) {
+  constexpr int64_t kChunk = 1024;  // a power of two, as blocksizes are: either divides the other
+  return tokens <= 4 ? in_features : lesser(in_features, kChunk);
 }
 
 void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
   constexpr int64_t kColumns = 16;  // output features that a task owns
   const int64_t tokens = p.tokens, in_features = p.in_features, rank = p.lowrank.rank;
-  Slice caller{caller_scratch(static_cast<size_t>(slice_size(tokens * in_features) + slice_size(in_features)))};
-  float* x = caller.take(tokens * in_features);
-  float* row = caller.take(in_features);
+  const int64_t blocksize = int64_t{1} << p.nf4.blocksize_log2, chunk = gemv_chunk(tokens, in_features);
+  Slice caller{caller_scratch(static_cast<size_t>(slice_size(tokens * in_features) + slice_size(2 * in_features)))};
+  float* x = caller.take(tokens * in_features);  // [chunk of K][token][element of the chunk]
+  float* row = caller.take(2 * in_features);     // and the input scale in fp32
   for (int64_t m = 0; m < tokens; ++m) {
     load_row(p.x, m * in_features, in_features, row);
     if (p.input_scale) {
-      float* scaled = x + m * in_features;  // free until the row is split below
+      float* scaled = row + in_features;
       multiply_row(row, as_float(p.input_scale, 0, in_features, scaled), in_features);
     }
-    for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
-      Vec even, odd;
-      load_deinterleaved(row + k, even, odd);
-      store(x + m * in_features + k, even);
-      store(x + m * in_features + k + kLanes, odd);
+    for (int64_t k0 = 0; k0 < in_features; k0 += chunk) {
+      const int64_t depth = lesser(chunk, in_features - k0);
+      float* split = x + k0 * tokens + m * depth;
+      for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+        Vec even, odd;
+        load_deinterleaved(row + k0 + k, even, odd);
+        store(split + k, even);
+        store(split + k + kLanes, odd);
+      }
     }
   }
 
-  const int64_t blocks = in_features >> p.nf4.blocksize_log2;
   parallel(pool, ceil_div(p.out_features, kColumns), [&](int64_t task) {
     const int64_t n0 = task * kColumns, columns = lesser(kColumns, p.out_features - n0);
-    Slice scratch{task_scratch(static_cast<size_t>(slice_size(4 * blocks) + slice_size(rank)))};
-    float* scales = scratch.take(4 * blocks);
+    const int64_t scales_size = 4 * ceil_div(chunk, blocksize), partial_size = 2 * tokens * kColumns * kLanes;
+    Slice scratch{
+        task_scratch(static_cast<size_t>(slice_size(scales_size) + slice_size(partial_size) + slice_size(rank)))};
+    float* scales = scratch.take(scales_size);
+    float* partial = scratch.take(partial_size);
     float* b_buffer = scratch.take(rank);
     float sums[kGemvTokens * kColumns], scale_buffer[kColumns], bias_buffer[kColumns];
-    gemv_dispatch<kGemvTokens>(tokens, p.nf4, in_features, x, n0, columns, scales, sums, kColumns);
+    for (int64_t k0 = 0; k0 < in_features; k0 += chunk) {
+      const int64_t depth = lesser(chunk, in_features - k0);
+      const bool last = k0 + depth == in_features;
+      const GemvChunk c{p.nf4,           in_features, k0,   depth,
+                        x + k0 * tokens, k0 == 0,     last, last ? kColumns * in_features - k0 : depth,
+                        scales};
+      gemv_dispatch<kGemvTokens>(tokens, c, n0, columns, partial, sums, kColumns);
+    }
     if (rank != 0) {
       for (int64_t i = 0; i < columns; ++i) {
         const float* b = as_float(p.lowrank.b, (n0 + i) * rank, rank, b_buffer);
@@ -204,15 +243,31 @@ void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
 
 // --- more tokens: products on decoded panels ------------------------------------------------------------------------
 
-// The features that one task owns: an eighth of them, in whole panels, within bounds. Any choice gives the same bits.
-inline int64_t block_columns(int64_t features, int64_t most) {
-  const int64_t eighth = ceil_div(ceil_div(features, 8), kPanelColumns) * kPanelColumns;
-  return lesser(eighth, most);
+// The features that one task owns, in whole panels: four tasks a thread, but no more features than `most`. Any choice
+// gives the same bits.
+inline int64_t block_columns(int64_t features, int64_t most, ThreadPool pool) {
+  const int64_t share = ceil_div(ceil_div(features, 4 * pool.threads), kPanelColumns) * kPanelColumns;
+  return lesser(share, most);
 }
 
+// Rows of x times the input scale, where there is one, as units of P.
+template <class P>
+void load_operand(Array src, int64_t offset, int64_t count, const float* factor, typename P::Unit* dst) {
+  if constexpr (P::kElements == 2) {
+    copy_bf16_row(src, offset, count, dst);
+  } else {
+    load_row(src, offset, count, dst);
+    if (factor != nullptr) multiply_row(dst, factor, count);
+  }
+}
+
+template <class P>
 void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
+  using Unit = typename P::Unit;
+  static_assert(sizeof(Unit) == sizeof(float));
   const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
-  const int64_t block = block_columns(out_features, kMostBlockColumns), column_blocks = ceil_div(out_features, block);
+  const int64_t block = block_columns(out_features, kMostBlockColumns, pool),
+                column_blocks = ceil_div(out_features, block);
   parallel(pool, ceil_div(p.tokens, kBlockTokens) * column_blocks, [&](int64_t task) {
     const int64_t m0 = task / column_blocks * kBlockTokens, tokens = lesser(kBlockTokens, p.tokens - m0);
     const int64_t n0 = task % column_blocks * block, columns = lesser(block, out_features - n0);
@@ -227,17 +282,18 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
       load_block(p.base, out_features, m0, tokens, n0, columns, width, sums);
     } else {
       fill_zero(sums, tokens * width);
-      for (int64_t k0 = 0; k0 < in_features; k0 += kBlockDepth) {
-        const int64_t depth = lesser(kBlockDepth, in_features - k0);
-        float scale_buffer[kBlockDepth];
+      Unit* units = reinterpret_cast<Unit*>(a);
+      Unit* panel = reinterpret_cast<Unit*>(panels);
+      for (int64_t k0 = 0; k0 < in_features; k0 += kBlockElements<P>) {
+        const int64_t depth = lesser(kBlockElements<P>, in_features - k0);
+        float scale_buffer[kBlockElements<P>];
         const float* input_scale = optional_as_float(p.input_scale, k0, depth, scale_buffer);
         for (int64_t t = 0; t < tokens; ++t) {
-          load_row(p.x, (m0 + t) * in_features + k0, depth, a + t * kBlockDepth);
-          if (input_scale != nullptr) multiply_row(a + t * kBlockDepth, input_scale, depth);
+          load_operand<P>(p.x, (m0 + t) * in_features + k0, depth, input_scale, units + t * kBlockDepth);
         }
         for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
-          decode_panel_by_output(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, panels);
-          multiply_panel(a, kBlockDepth, tokens, panels, depth, sums + j, width);
+          decode_panel_by_output<P>(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, panel);
+          multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
         }
       }
     }
@@ -264,12 +320,24 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
   });
 }
 
+// P is void in a set without bf16 arithmetic, which plans no such product.
+template <class P>
+void forward_bf16(const AdaptedLinear& p, ThreadPool pool) {
+  if constexpr (!std::is_void_v<P>) forward_blocked<P>(p, pool);
+}
+
 void adapted_linear(const AdaptedLinear& p, ThreadPool pool) {
   if (p.tokens == 0) return;
   if (p.lowrank.rank != 0) lowrank_down(p, pool);
-  if (!p.base && p.tokens <= kGemvTokens && rows_are_whole_blocks(p.nf4, p.in_features)) {
-    forward_gemv(p, pool);
-  } else {
-    forward_blocked(p, pool);
+  if (p.base) return forward_blocked<Fp32>(p, pool);
+  const NF4Product product{
+      false, p.tokens, p.in_features, p.nf4.blocksize_log2, p.x.dtype, static_cast<bool>(p.input_scale)};
+  switch (plan(product)) {
+    case Method::kGemv:
+      return forward_gemv(p, pool);
+    case Method::kFp32Panels:
+      return forward_blocked<Fp32>(p, pool);
+    case Method::kBf16Panels:
+      return forward_bf16<Bf16Pairs>(p, pool);
   }
 }

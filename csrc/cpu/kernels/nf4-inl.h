@@ -16,6 +16,11 @@ void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
   }
 }
 
+inline constexpr int64_t kCacheLine = 64;  // bytes
+inline void prefetch_scales(const NF4Weight& w, int64_t block) {
+  prefetch(w.absmax != nullptr ? static_cast<const void*>(w.absmax + block) : w.absmax_codes + block);
+}
+
 inline float decode_one(const NF4Weight& w, int64_t element, float scale_of_block) {
   const uint8_t byte = w.packed[element >> 1];
   return kNF4Code[element & 1 ? byte & 15 : byte >> 4] * scale_of_block;
@@ -43,33 +48,56 @@ void decode_run(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
   }
 }
 
-// True where every row starts a block, so that a row is whole bytes and whole blocks: the fast paths.
 inline bool rows_are_whole_blocks(const NF4Weight& w, int64_t in_features) {
-  return (in_features & ((int64_t{1} << w.blocksize_log2) - 1)) == 0;
+  return rows_are_whole_blocks(w.blocksize_log2, in_features);
 }
 
+// Panels are blocks of a decoded weight as the micro-kernel reads them: kPanelColumns wide, made of units of P (below)
+// that hold one or two successive elements of the reduction.
 inline constexpr int kPanelColumns = 2 * kLanes;
-inline constexpr int64_t kBlockDepth = 256;  // reduction elements that a panel spans; a multiple of every kPanelColumns
+inline constexpr int64_t kBlockDepth = 256;  // units that a panel is deep, at most; a multiple of every kPanelColumns
+template <class P>
+inline constexpr int64_t kBlockElements = kBlockDepth * P::kElements;
 
-// Weights 8 c .. 8 c + 7 of kLanes rows, from their words, to eight panel rows. A byte's high nibble is the even
-// weight.
-template <class Word>
-inline void store_word(const Table& code, const Word& words, Vec scale_of_row, float* out) {
-  const auto put = [&](int k, Vec level) { store(out + k * kPanelColumns, mul(level, scale_of_row)); };
-  put(0, look_up_shifted<4>(code, words));
-  put(1, look_up_shifted<0>(code, words));
-  put(2, look_up_shifted<12>(code, words));
-  put(3, look_up_shifted<8>(code, words));
-  put(4, look_up_shifted<20>(code, words));
-  put(5, look_up_shifted<16>(code, words));
-  put(6, look_up_shifted<28>(code, words));
-  put(7, look_up_shifted<24>(code, words));
+// How a product is computed; `P` in what follows. This one: in fp32, whatever the dtype of x. Bf16Pairs, in the simd
+// header of a set that has it: bf16 times bf16, summed in fp32, for x in bf16; the weight is rounded to bf16.
+struct Fp32 {
+  using Unit = float;  // what a panel is made of
+  using Units = Vec;   // a vector of them
+  static constexpr int kElements = 1;
+
+  static Units load_units(const Unit* p) { return load(p); }
+  static Units broadcast_unit(Unit u) { return broadcast(u); }
+  static Vec multiply_add(Units a, Units b, Vec c) { return fmadd(a, b, c); }
+  // Two successive elements of the reduction for kLanes columns, to a panel's one or two rows.
+  static void store_two(Unit* panel, Vec first, Vec second) {
+    store(panel, first);
+    store(panel + kPanelColumns, second);
+  }
+  // The same for 2 * kLanes columns, of which `high` holds the even and `low` the odd ones.
+  static void store_two_interleaved(Unit* panel, Vec high0, Vec low0, Vec high1, Vec low1) {
+    store_interleaved(panel, high0, low0);
+    store_interleaved(panel + kPanelColumns, high1, low1);
+  }
+};
+
+// Weights 8 c .. 8 c + 7 of kLanes rows, from their words, to a panel. A byte's high nibble is the even weight.
+template <class P, class Word>
+inline void store_word(const Table& code, const Word& words, Vec scale_of_row, typename P::Unit* out) {
+  const auto put = [&](int k, Vec even, Vec odd) {
+    P::store_two(out + k / P::kElements * kPanelColumns, mul(even, scale_of_row), mul(odd, scale_of_row));
+  };
+  put(0, look_up_shifted<4>(code, words), look_up_shifted<0>(code, words));
+  put(2, look_up_shifted<12>(code, words), look_up_shifted<8>(code, words));
+  put(4, look_up_shifted<20>(code, words), look_up_shifted<16>(code, words));
+  put(6, look_up_shifted<28>(code, words), look_up_shifted<24>(code, words));
 }
 
-// The panels of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns, zero from `columns` on.
+// A panel of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns, zero from `columns` on.
 // W is transposed while it is packed (an eighth of the data), then looked up with lanes = output features.
+template <class P>
 void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t columns, int64_t k0,
-                            int64_t depth, float* panel) {
+                            int64_t depth, typename P::Unit* panel) {
   if (rows_are_whole_blocks(w, in_features)) {
     constexpr int64_t kWord = 8;  // weights
     const int64_t blocks =
@@ -77,61 +105,79 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
     const Table code = load_table(kNF4Code);
     for (int64_t first = 0; first < kPanelColumns; first += kLanes) {
       const uint8_t* row[kLanes];
-      float scales[kBlockDepth / 32][kLanes] = {};  // [block, row]; 32 is the least blocksize
+      float scales[kBlockElements<P> / 32][kLanes] = {};  // [block, row]; 32 is the least blocksize
       for (int64_t i = 0; i < kLanes; ++i) {
         const bool present = first + i < columns;
         const int64_t element = (n0 + (present ? first + i : 0)) * in_features + k0;
         row[i] = w.packed + (element >> 1);
-        prefetch(row[i] + kBlockDepth / 2);  // the next block of k, which is due when this one's panels are done
-        prefetch(row[i] + kBlockDepth / 2 + 64);
+        const int64_t block = element >> w.blocksize_log2;
+        for (int64_t ahead = 0; ahead < depth / 2; ahead += kCacheLine) {  // due when this depth's panels are done
+          prefetch(row[i] + depth / 2 + ahead);
+        }
+        prefetch_scales(w, block + blocks);
         if (!present) continue;
-        float of_row[kBlockDepth / 32];
-        load_scales(w, element >> w.blocksize_log2, blocks, of_row);
+        float of_row[kBlockElements<P> / 32];
+        load_scales(w, block, blocks, of_row);
         for (int64_t block = 0; block < blocks; ++block) scales[block][i] = of_row[block];
       }
-      float* out = panel + first;
+      typename P::Unit* out = panel + first;
       for (int64_t k = 0; k < depth; k += kLanes * kWord) {
         const int64_t words = lesser(kLanes, (depth - k) / kWord);
         const Words w32 = load_transposed(row, k / 2, words);
-        for (int64_t c = 0; c < words; ++c, out += kWord * kPanelColumns) {
-          store_word(code, w32.column[c], load(scales[(k + c * kWord) >> w.blocksize_log2]), out);
+        for (int64_t c = 0; c < words; ++c, out += kWord / P::kElements * kPanelColumns) {
+          store_word<P>(code, w32.column[c], load(scales[(k + c * kWord) >> w.blocksize_log2]), out);
         }
       }
     }
     return;
   }
-  float row[kBlockDepth];
-  for (int64_t i = 0; i < kPanelColumns; ++i) {
-    if (i < columns) {
-      decode_run(w, (n0 + i) * in_features + k0, depth, row);
-    } else {
-      fill_zero(row, depth);
+  if constexpr (P::kElements == 1) {  // plan.h: only fp32 products take rows that are not whole blocks
+    float row[kBlockDepth];
+    for (int64_t i = 0; i < kPanelColumns; ++i) {
+      if (i < columns) {
+        decode_run(w, (n0 + i) * in_features + k0, depth, row);
+      } else {
+        fill_zero(row, depth);
+      }
+      for (int64_t k = 0; k < depth; ++k) panel[k * kPanelColumns + i] = row[k];
     }
-    for (int64_t k = 0; k < depth; ++k) panel[k * kPanelColumns + i] = row[k];
   }
 }
 
-// The panels of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on.
+// A panel of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on.
+template <class P>
 void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
-                           int64_t columns, float* panel) {
-  if (rows_are_whole_blocks(
-          w, in_features)) {  // then k0 is a multiple of kPanelColumns, and the panel's row is one block's
+                           int64_t columns, typename P::Unit* panel) {
+  if (rows_are_whole_blocks(w, in_features)) {  // then k0 is a multiple of kPanelColumns: a panel row lies in one block
+    constexpr int64_t kAhead = 24;              // rows
     const Table code = load_table(kNF4Code);
-    for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
-      const int64_t element = (n0 + n) * in_features + k0;
-      const uint8_t* bytes = w.packed + (element >> 1);
-      prefetch(bytes + 24 * (in_features >> 1));
-      float scale_of_block = 0.0f;
-      load_scales(w, element >> w.blocksize_log2, 1, &scale_of_block);
-      const Table table = scale(code, scale_of_block);
-      const Bytes b = load_bytes(bytes);
-      store_interleaved(panel, look_up_high(table, b), look_up_low(table, b));
+    Vec high[2], low[2];
+    for (int64_t n = 0; n < rows; n += 2, panel += 2 / P::kElements * kPanelColumns) {
+      for (int64_t i = 0; i < 2; ++i) {
+        if (n + i == rows) {  // an odd last row is followed by zeros
+          high[i] = low[i] = zero();
+          break;
+        }
+        const int64_t element = (n0 + n + i) * in_features + k0, block = element >> w.blocksize_log2;
+        const uint8_t* bytes = w.packed + (element >> 1);
+        prefetch(bytes + kAhead * (in_features >> 1));
+        prefetch_scales(w, block + kAhead * (in_features >> w.blocksize_log2));
+        float scale_of_block = 0.0f;
+        load_scales(w, block, 1, &scale_of_block);
+        const Table table = scale(code, scale_of_block);
+        const Bytes b = load_bytes(bytes);
+        high[i] = look_up_high(table, b);
+        low[i] = look_up_low(table, b);
+      }
+      P::store_two_interleaved(panel, high[0], low[0], high[1], low[1]);
     }
     return;
   }
-  for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
-    decode_run(w, (n0 + n) * in_features + k0, columns, panel);
-    fill_zero(panel + columns, kPanelColumns - columns);
+  if constexpr (P::kElements == 1) {
+    for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
+      decode_run(w, (n0 + n) * in_features + k0, columns, panel);
+      fill_zero(panel + columns, kPanelColumns - columns);
+    }
   }
 }
 

@@ -74,6 +74,12 @@ void store_row(const float* src, int64_t count, MutableArray dst, int64_t offset
   }
 }
 
+// Pairs of bf16 as they are: dst[i] = src[offset + 2 i] | src[offset + 2 i + 1] << 16, a last odd one with 0.
+void copy_bf16_row(Array src, int64_t offset, int64_t count, uint32_t* dst) {
+  if (count & 1) dst[count / 2] = 0;
+  std::memcpy(dst, static_cast<const uint16_t*>(src.data) + offset, static_cast<size_t>(count) * sizeof(uint16_t));
+}
+
 // A pointer to src[offset .. offset + count) in fp32: into src itself where it is fp32, else converted into `buffer`.
 const float* as_float(Array src, int64_t offset, int64_t count, float* buffer) {
   if (src.dtype == DType::kFloat32) return static_cast<const float*>(src.data) + offset;

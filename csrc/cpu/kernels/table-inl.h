@@ -4,6 +4,8 @@
 namespace {
 #include "rows-inl.h"
 
+#include "plan-inl.h"
+
 #include "nf4-inl.h"
 
 #include "tile-inl.h"
@@ -14,4 +16,5 @@ namespace {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable{kName, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward};
+const Kernels kTable{kName,          plan,           nf4_quantize,           nf4_dequantize,
+                     philox_dropout, adapted_linear, adapted_linear_backward};

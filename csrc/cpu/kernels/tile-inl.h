@@ -1,17 +1,19 @@
 // The micro-kernel of every product here: c += a * panel, with a row-major and the panel kPanelColumns wide.
 
 // c[i][j] += sum_k a[i * lda + k] * panel[k * kPanelColumns + j], i < kRows. Sums run over k in order, from zero.
-template <int kRows>
-void multiply_tile(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc) {
+// a and panel hold P's units, `depth` of them.
+template <int kRows, class P>
+void multiply_tile(const typename P::Unit* a, int64_t lda, const typename P::Unit* panel, int64_t depth, float* c,
+                   int64_t ldc) {
   Vec left[kRows], right[kRows];
   for (int i = 0; i < kRows; ++i) left[i] = right[i] = zero();
   for (int64_t k = 0; k < depth; ++k, panel += kPanelColumns) {
-    const Vec b0 = load(panel), b1 = load(panel + kLanes);
+    const typename P::Units b0 = P::load_units(panel), b1 = P::load_units(panel + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      const Vec s = broadcast(a[i * lda + k]);
-      left[i] = fmadd(s, b0, left[i]);
-      right[i] = fmadd(s, b1, right[i]);
+      const typename P::Units s = P::broadcast_unit(a[i * lda + k]);
+      left[i] = P::multiply_add(s, b0, left[i]);
+      right[i] = P::multiply_add(s, b1, right[i]);
     }
   }
   for (int i = 0; i < kRows; ++i, c += ldc) {
@@ -20,22 +22,23 @@ void multiply_tile(const float* a, int64_t lda, const float* panel, int64_t dept
   }
 }
 
-template <int kRows>
-void multiply_rows(int64_t rows, const float* a, int64_t lda, const float* panel, int64_t depth, float* c,
-                   int64_t ldc) {
+template <int kRows, class P>
+void multiply_rows(int64_t rows, const typename P::Unit* a, int64_t lda, const typename P::Unit* panel, int64_t depth,
+                   float* c, int64_t ldc) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return multiply_tile<kRows>(a, lda, panel, depth, c, ldc);
-    multiply_rows<kRows - 1>(rows, a, lda, panel, depth, c, ldc);
+    if (rows == kRows) return multiply_tile<kRows, P>(a, lda, panel, depth, c, ldc);
+    multiply_rows<kRows - 1, P>(rows, a, lda, panel, depth, c, ldc);
   }
 }
 
 // Any number of rows, in tiles of nearly equal height: a last tile of a few rows would wait for its own FMAs.
-void multiply_panel(const float* a, int64_t lda, int64_t rows, const float* panel, int64_t depth, float* c,
-                    int64_t ldc) {
+template <class P = Fp32>
+void multiply_panel(const typename P::Unit* a, int64_t lda, int64_t rows, const typename P::Unit* panel, int64_t depth,
+                    float* c, int64_t ldc) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-    multiply_rows<kTileRows>(last - first, a + first * lda, lda, panel, depth, c + first * ldc, ldc);
+    multiply_rows<kTileRows, P>(last - first, a + first * lda, lda, panel, depth, c + first * ldc, ldc);
   }
 }
 

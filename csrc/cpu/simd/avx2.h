@@ -15,6 +15,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 inline constexpr int kAccumulators = 8;
 
+using Bf16Pairs = void;  // no bf16 arithmetic
 using Vec = __m256;
 
 inline Vec zero() { return _mm256_setzero_ps(); }

@@ -15,12 +15,14 @@
 #include "../../common/philox.h"
 
 namespace peft_kernels::cpu::avx512 {
+namespace {  // internal: avx512_bf16.h has these words too, in an object of other flags
 
 inline constexpr const char* kName = "avx512";
 inline constexpr int kLanes = 16;
 inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
 inline constexpr int kAccumulators = 16;
 
+using Bf16Pairs = void;  // avx512_bf16.h has them
 using Vec = __m512;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
@@ -147,4 +149,5 @@ inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
 }
 inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) { return _mm512_maskz_mul_ps(static_cast<__mmask16>(bits), v, s); }
 
+}  // namespace
 }  // namespace peft_kernels::cpu::avx512

@@ -14,6 +14,7 @@ inline constexpr int kLanes = 4;         // fp32 values in a Vec
 inline constexpr int kTileRows = 4;      // rows of the micro-kernel's tile; its columns are 2 * kLanes
 inline constexpr int kAccumulators = 8;  // vectors that the look-up GEMV may hold
 
+using Bf16Pairs = void;  // a set with bf16 arithmetic has a struct here: avx512_bf16.h
 struct Vec {
   float lane[kLanes];
 };
