@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import sys
@@ -14,17 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import registry
 from .case import BASELINES, Case
-from .gate import exit_status, judge
 from .machine import machine_facts
 from .measure import Budget
-from .report import case_view, print_header, print_verdicts, summary_table
+from .report import case_view, print_header
 from .results import SCHEMA_VERSION, CaseResult, Report, Settings, write_json
 from .roofline import Roofline, measure_roofline
 from .run import CaseRunner
+from .show import add_verdict_options, check_verdict_options, conclude, make_console
+from .suites import LIMITS_THREADS
 from .worker import Workers
 
-_TABLE_WIDTH = 128  # a narrower terminal wraps lines, which loses nothing
-_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0}
+_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0, "sweep": 0.5, "limits": 1.5}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,22 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = machine_facts()
     try:
         settings = _settings(options, machine.processors)
-        cases = registry.select(settings.suite, settings.families, settings.pattern)
+        cases = _cases(options, settings)
     except ValueError as error:
         parser.error(str(error))
-    if not cases:
-        parser.error(
-            f"no case of suite {settings.suite} matches {settings.pattern}; --list shows their names"
-        )
-    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    console = make_console()
     if options.list:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
     report = run(cases, settings, console, options.json)
-    console.print(summary_table(report))
-    print_verdicts(console, report)
-    verdicts = [judge(result, settings.fail_below) for result in report.cases]
-    return exit_status(verdicts, report.interrupted)
+    return conclude(report, console, options.plot)
 
 
 def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: Path | None) -> Report:
@@ -76,7 +70,13 @@ def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: 
             print_header(console, report())
             budget = Budget(max_seconds=settings.max_seconds)
             runner = CaseRunner(
-                settings.baselines, budget, settings.seed, workers, rooflines, progress.refresh
+                settings.baselines,
+                budget,
+                settings.seed,
+                workers,
+                rooflines,
+                progress.refresh,
+                scratch_of_all=settings.suite not in ("sweep", "limits"),  # which ask about ours alone
             )
             for case, count in itertools.product(cases, threads):
                 progress.update(task, description=case.name)
@@ -98,9 +98,11 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {', '.join(unknown)}")
-    default_threads = "1" if options.suite != "full" else ",".join(map(str, sorted({1, processors})))
+    default_threads = {"full": sorted({1, processors}), "limits": LIMITS_THREADS}.get(options.suite, (1,))
     try:
-        threads = [int(count) for count in (options.threads or default_threads).split(",")]
+        threads = (
+            [int(count) for count in options.threads.split(",")] if options.threads else [*default_threads]
+        )
     except ValueError:
         threads = [0]
     if min(threads) < 1:
@@ -113,8 +115,20 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
         threads=threads,
         max_seconds=options.seconds or _DEFAULT_SECONDS[options.suite],
         fail_below=options.fail_below,
+        fail_sweep=options.fail_sweep,
         seed=options.seed,
     )
+
+
+def _cases(options: argparse.Namespace, settings: Settings) -> list[Case]:
+    cases = registry.select(settings.suite, settings.families, settings.pattern)
+    if not cases:
+        raise ValueError(
+            f"no case of suite {settings.suite} matches {settings.pattern}; --list shows their names"
+        )
+    check_verdict_options(options, cases)
+    # Baselines that are named are wanted wherever they apply, not only where the suite has a question.
+    return [dataclasses.replace(case, against=()) for case in cases] if options.baseline else cases
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,21 +145,19 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--baseline",
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(BASELINES)} (default: all; compile only in full)",
+        help=f"comma-separated, of {', '.join(BASELINES)} (default: what the suite asks for)",
     )
     add(
-        "--threads", metavar="N[,N]", help="thread counts (default: 1; in the full suite also all processors)"
+        "--threads",
+        metavar="N[,N]",
+        help="thread counts (default: 1; full: 1 and all processors; limits: 1,2)",
     )
-    add("--seconds", type=float, metavar="S", help="time for measuring a case (default: 2, full 10)")
-    add(
-        "--fail-below",
-        type=float,
-        metavar="R",
-        help="fail if a ratio's lower end against a stock baseline is below R",
-    )
+    seconds = ", ".join(f"{suite} {seconds:g}" for suite, seconds in _DEFAULT_SECONDS.items())
+    add("--seconds", type=float, metavar="S", help=f"time for measuring a case (default: {seconds})")
     add("--json", type=Path, metavar="FILE", help="write results there, after every case")
     add("--seed", type=int, default=0, help="of the order of measurements")
     add("--list", action="store_true", help="print the names of the cases and exit")
+    add_verdict_options(parser)
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,11 @@ Direction = Literal["forward", "backward", "both"]
 WeightKind = Literal["none", "dense", "nf4", "nf4_double"]
 
 OURS = "peft_kernels"
+NO_DROPOUT, PLAIN_SCALES = (
+    "ours-no-dropout",
+    "ours-plain-scales",
+)  # ours on an easier problem: what a part costs
+OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES)
 TUNED_SUFFIX = "-tuned"  # "<baseline>-tuned" is that baseline in a process whose allocator keeps freed pages
 BASELINES = (
     "eager",
@@ -23,6 +28,7 @@ BASELINES = (
     "peft",
     "peft" + TUNED_SUFFIX,
     "dense",
+    *OWN_VARIANTS,
 )
 GATE_BASELINES = ("eager", "bitsandbytes", "peft")  # what a user has today, at stock settings
 CHECK_SEED = 20240522
@@ -47,6 +53,7 @@ class Case:
     weight: WeightKind = "none"
     dropout: float = 0.0
     suites: tuple[str, ...] = ("full",)
+    against: tuple[str, ...] = ()  # the baselines that its suite asks for; empty: all that apply
 
     @property
     def name(self) -> str:
@@ -89,10 +96,17 @@ class Program:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Results in float64 and, element by element, the rounding error that is allowed."""
+    """Results in float64 and, element by element, the rounding error that is allowed.
+
+    Attributes:
+        values: result name -> expected values.
+        tolerances: result name -> allowed errors.
+        rows: result name -> mask of the rows that `values` and `tolerances` hold; a result not named has all.
+    """
 
     values: dict[str, Tensor]
     tolerances: dict[str, Tensor]
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,48 +14,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_kernels import NF4Weight, functional
+from peft_kernels.core.library import native_library
+from peft_kernels.core.plan import Product, method
 
 from . import baselines
-from .case import OURS, Case, Family, Oracle, Prepared, Program, differentiated
-from .cases_nf4 import quantized_bytes, quantized_weight
+from .case import NO_DROPOUT, OURS, PLAIN_SCALES, Case, Family, Oracle, Prepared, Program, differentiated
+from .cases_nf4 import BLOCKSIZE, quantized_bytes, quantized_weight
 from .machine import weight_copies
-from .oracle import LinearTerms, keep_scale, linear_oracle
+from .oracle import LinearTerms, keep_scale, linear_oracle, unit_roundoff
 
 SCALING = 2.0
-_NF4 = partial(Case, "linear", "nf4_linear", weight="nf4")
-_QLORA = partial(Case, "linear", "nf4_lora_linear", weight="nf4_double", direction="both")
+NF4 = partial(Case, "linear", "nf4_linear", weight="nf4")
+QLORA = partial(Case, "linear", "nf4_lora_linear", weight="nf4_double", direction="both")
 _LORA = partial(Case, "linear", "lora_linear", weight="dense", direction="both")
 _SMOKE, _QUICK = ("smoke",), ("quick", "full")
 
 CASES = (
-    _NF4(3, 128, 64, suites=_SMOKE),
-    _QLORA(3, 128, 64, r=4, dropout=0.25, suites=_SMOKE),
+    NF4(3, 128, 64, suites=_SMOKE),
+    QLORA(3, 128, 64, r=4, dropout=0.25, suites=_SMOKE),
     # A 4096 x 4096 projection, from one token to a small batch
-    _NF4(1, 4096, 4096, suites=_QUICK),
-    _NF4(16, 4096, 4096, suites=_QUICK),
-    _NF4(64, 4096, 4096, suites=_QUICK),
-    _NF4(1, 4096, 4096, direction="backward", suites=_QUICK),
-    _NF4(64, 4096, 4096, direction="backward", suites=_QUICK),
-    _QLORA(64, 4096, 4096, r=16, dropout=0.05, suites=_QUICK),
+    NF4(1, 4096, 4096, suites=_QUICK),
+    NF4(16, 4096, 4096, suites=_QUICK),
+    NF4(64, 4096, 4096, suites=_QUICK),
+    NF4(1, 4096, 4096, direction="backward", suites=_QUICK),
+    NF4(64, 4096, 4096, direction="backward", suites=_QUICK),
+    QLORA(64, 4096, 4096, r=16, dropout=0.05, suites=_QUICK),
     # MiniLM: attention and feed-forward
-    _NF4(64, 384, 384, suites=_QUICK),
-    _NF4(64, 384, 1536, suites=_QUICK),
-    _QLORA(128, 384, 384, r=8, suites=_QUICK),
-    _QLORA(128, 384, 1536, r=8, dropout=0.05, suites=_QUICK),
+    NF4(64, 384, 384, suites=_QUICK),
+    NF4(64, 384, 1536, suites=_QUICK),
+    QLORA(128, 384, 384, r=8, suites=_QUICK),
+    QLORA(128, 384, 1536, r=8, dropout=0.05, suites=_QUICK),
     _LORA(128, 384, 1536, r=8, suites=_QUICK),
     # The rest of the grid
-    _NF4(256, 4096, 4096),
-    _NF4(512, 4096, 4096, direction="backward"),
-    *(_NF4(m, 4096, 11008) for m in (1, 16, 64, 256)),
-    *(_NF4(m, 11008, 4096) for m in (1, 16, 64, 256)),
-    *(_NF4(m, 4096, 4096, dtype="bfloat16") for m in (1, 16, 64, 256)),
-    *(_NF4(m, 4096, 4096, dtype="bfloat16", direction="backward") for m in (1, 64, 512)),
-    _QLORA(1, 4096, 4096, r=16),
-    _QLORA(1, 4096, 4096, r=16, dropout=0.05),
-    _QLORA(64, 4096, 4096, r=16),
-    _QLORA(512, 4096, 4096, r=16),
-    _QLORA(512, 4096, 4096, r=16, dropout=0.05),
-    _QLORA(64, 4096, 4096, r=16, dtype="bfloat16"),
+    NF4(256, 4096, 4096),
+    NF4(512, 4096, 4096, direction="backward"),
+    *(NF4(m, 4096, 11008) for m in (1, 16, 64, 256)),
+    *(NF4(m, 11008, 4096) for m in (1, 16, 64, 256)),
+    *(NF4(m, 4096, 4096, dtype="bfloat16") for m in (1, 16, 64, 256)),
+    *(NF4(m, 4096, 4096, dtype="bfloat16", direction="backward") for m in (1, 64, 512)),
+    QLORA(1, 4096, 4096, r=16),
+    QLORA(1, 4096, 4096, r=16, dropout=0.05),
+    QLORA(64, 4096, 4096, r=16),
+    QLORA(512, 4096, 4096, r=16),
+    QLORA(512, 4096, 4096, r=16, dropout=0.05),
+    QLORA(64, 4096, 4096, r=16, dtype="bfloat16"),
     *(_LORA(m, 4096, 4096, r=16) for m in (1, 64, 512)),
     _LORA(64, 4096, 4096, r=16, dropout=0.05),
 )
@@ -93,12 +95,14 @@ class Layer:
 
 def baselines_of(case: Case) -> tuple[str, ...]:
     """PEFT is bitsandbytes' layer plus LoRA; a dense weight has no dequantised one to compare with."""
+    variants = [NO_DROPOUT] if case.dropout else []
     if case.weight == "dense":
-        return ("eager", "compile", "peft", "peft-tuned")
+        return ("eager", "compile", "peft", "peft-tuned", *variants)
+    variants += [PLAIN_SCALES] if case.weight == "nf4_double" else []
     if case.r:
-        return ("eager", "compile", "peft", "peft-tuned", "dense")
+        return ("eager", "compile", "peft", "peft-tuned", "dense", *variants)
     repacked = ("bitsandbytes-repacked",) if case.direction == "forward" else ()
-    return ("eager", "compile", "bitsandbytes", "bitsandbytes-tuned", *repacked, "dense")
+    return ("eager", "compile", "bitsandbytes", "bitsandbytes-tuned", *repacked, "dense", *variants)
 
 
 def prepare(case: Case) -> Prepared:
@@ -113,13 +117,16 @@ def prepare(case: Case) -> Prepared:
     terms = LinearTerms(layer.x.detach(), dense, a, b, SCALING, layer.grad)
 
     @functools.cache
-    def expected(mask_of: str) -> Oracle:
-        return linear_oracle(case, terms, keep_scale(case, mask_of))
+    def expected(mask_of: str | None) -> Oracle:
+        mask = None if mask_of is None else keep_scale(case, mask_of)
+        return linear_oracle(case, terms, mask, _weight_roundoffs(case))
 
     def oracle(contestant: str) -> Oracle | None:
         if case.dropout and contestant == "compile":
             return None  # inductor draws masks from a generator of its own
-        return expected(OURS if contestant == OURS or not case.dropout else "torch")
+        if not case.dropout or contestant == NO_DROPOUT:
+            return expected(None)
+        return expected(OURS if contestant in (OURS, PLAIN_SCALES) else "torch")
 
     read_bytes, write_bytes = _bytes(case)
     return Prepared(
@@ -131,6 +138,8 @@ def prepare(case: Case) -> Prepared:
             "bitsandbytes-repacked": lambda: _repacked(layer),
             "peft": lambda: _peft(layer),
             "dense": lambda: _dense(layer, dense.to(case.torch_dtype)),
+            NO_DROPOUT: lambda: _ours(_without_dropout(layer)),
+            PLAIN_SCALES: lambda: _ours(_with_plain_scales(layer)),
         },
         oracle=oracle,
         flops=_flops(case),
@@ -138,6 +147,15 @@ def prepare(case: Case) -> Prepared:
         write_bytes=write_bytes,
         copies=len(layer.weights),
     )
+
+
+def _weight_roundoffs(case: Case) -> dict[str, float]:
+    """Result -> unit roundoff of bfloat16, where ours rounds the decoded weight to it before the product."""
+    if case.weight == "dense" or not native_library().loaded:
+        return {}
+    product = Product(case.k, BLOCKSIZE, case.torch_dtype, torch.device("cpu"))
+    methods = {"y": method(product, case.m), "dx": method(product, case.m, backward=True)}
+    return {name: unit_roundoff(torch.bfloat16) for name, how in methods.items() if how == "bf16 panels"}
 
 
 def _layer(case: Case) -> Layer:
@@ -173,6 +191,21 @@ def _ours(layer: Layer) -> list[Program]:
             partial(function, x, weight, a, b, SCALING, dropout_p=case.dropout) for weight in layer.weights
         ]
     return layer.programs(forwards, _weight_tensors(layer.weights))
+
+
+def _without_dropout(layer: Layer) -> Layer:
+    """The same layer without dropout, on weights of its own: ours must not find them in cache after it."""
+    return replace(layer, case=replace(layer.case, dropout=0.0), weights=copy.deepcopy(layer.weights))
+
+
+def _with_plain_scales(layer: Layer) -> Layer:
+    """The same layer, value by value, without double quantisation: its scales decoded to float32."""
+
+    def decoded(weight: NF4Weight) -> NF4Weight:
+        _, _, *absmax = baselines.eager_operands(weight)
+        return replace(weight, absmax=baselines.eager_absmax(*absmax), nested=None)
+
+    return replace(layer, weights=[decoded(weight) for weight in copy.deepcopy(layer.weights)])
 
 
 def _weight_tensors(weights: list[Any]) -> list[Tensor]:

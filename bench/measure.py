@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ SAMPLE_SECONDS = (
     0.005  # long enough for clock resolution and for one preemption to show in CPU against wall time
 )
 MAX_CALLS = 1000
+_CERTAINLY_ONE_CALL = 50 * SAMPLE_SECONDS
 
 Rounds = dict[str, list[Sample | None]]
 
@@ -36,14 +38,21 @@ class LocalContestant:
         rotation = self._rotation
         collecting = gc.isenabled()
         gc.disable()
+        faults = page_faults()
         try:
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(calls):
                 next(rotation)()
-            return Sample(time.perf_counter() - wall, time.process_time() - cpu, calls)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            return Sample(wall, cpu, calls, page_faults() - faults)
         finally:
             if collecting:
                 gc.enable()
+
+
+def page_faults() -> int:
+    """Pages that this process has been given so far, its threads included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,9 @@ def interleave(
 
 
 def _calls_per_sample(contestant: Contestant) -> int:
-    contestant.sample(1)  # first touch, lazy initialisation
     seconds = contestant.sample(1).seconds
+    if seconds < _CERTAINLY_ONE_CALL:  # that was first touch and lazy initialisation as well
+        seconds = contestant.sample(1).seconds
     return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / seconds)))
 
 

@@ -1,17 +1,21 @@
-"""All families of cases. To add one: write `cases_<family>.py` with a `FAMILY` and name it here."""
+"""All cases: those of the families, and suites that ask a question of their own.
+
+To add a family: write `cases_<family>.py` with a `FAMILY` and name it here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from . import cases_dropout, cases_linear, cases_nf4
-from .case import BASELINES, Case, Family, Prepared
+from . import cases_dropout, cases_linear, cases_nf4, suites
+from .case import BASELINES, OWN_VARIANTS, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (cases_nf4.FAMILY, cases_linear.FAMILY, cases_dropout.FAMILY)
 }
-SUITES = ("smoke", "quick", "full")
+SUITES = ("smoke", "quick", "full", "sweep", "limits")
+CASES = (*(case for family in FAMILIES.values() for case in family.cases), *suites.CASES)
 
 
 def select(suite: str, families: Collection[str] = tuple(FAMILIES), pattern: str = "*") -> list[Case]:
@@ -27,21 +31,26 @@ def select(suite: str, families: Collection[str] = tuple(FAMILIES), pattern: str
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite}")
     return [
         case
-        for family in FAMILIES.values()
-        if family.name in families
-        for case in family.cases
-        if suite in case.suites and fnmatchcase(case.name, pattern)
+        for case in CASES
+        if case.family in families and suite in case.suites and fnmatchcase(case.name, pattern)
     ]
 
 
 def default_baselines(suite: str) -> list[str]:
-    """All baselines; torch.compile, which takes seconds a case, only in the full suite."""
-    return [name for name in BASELINES if name != "compile" or suite == "full"]
+    """What a suite measures against unless told otherwise.
+
+    All baselines; torch.compile, which takes seconds a case, and variants of ours only in the full suite. A
+    sweep compares ours with itself at other M, and `limits` names what it is to be compared with.
+    """
+    usual = tuple(name for name in BASELINES if name not in ("compile", *OWN_VARIANTS))
+    special = {"full": BASELINES, "sweep": ("dense",), "limits": suites.LIMITS_BASELINES}
+    return list(special.get(suite, usual))
 
 
 def baselines(case: Case) -> tuple[str, ...]:
-    """Names of the baselines that apply to a case."""
-    return FAMILIES[case.family].baselines(case)
+    """Names of the baselines that apply to a case, of those that its suite asks for."""
+    names = FAMILIES[case.family].baselines(case)
+    return tuple(name for name in names if not case.against or name in case.against)
 
 
 def prepare(case: Case) -> Prepared:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from .case import GATE_BASELINES, OURS
-from .gate import judge
+from .gate import Verdict, judge
+from .limits import Line
 from .machine import Machine
+from .oracle import CHECKED_TOKENS
 from .results import CaseResult, ContestantResult, Measurement, Report
 from .roofline import Roofline
 
 LEGEND = (
     "ratio = baseline time / our time, median of paired rounds [95 % band]; * gates --fail-below; "
     "GB/s and % roof count the bytes the problem needs, not those a contestant moves; "
+    "faults = pages that a call is given anew, for its results or for more; "
     "scratch = peak memory of a call beyond its results; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
-_HEADINGS = ("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof", "scratch", "saved", "error", "rounds")
+_HEADINGS = (
+    *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
+    *("faults", "scratch", "saved", "error", "rounds"),
+)
 
 
 def machine_table(machine: Machine, rooflines: list[Roofline]) -> Table:
@@ -45,6 +53,8 @@ def case_view(result: CaseResult) -> Group:
     copies = f"{result.copies} weight {'copy' if result.copies == 1 else 'copies'}"
     roof = f"roofline {_milliseconds(result.roofline_ms)} ms ({result.bound})"
     title = f"[bold]{escape(result.name)}[/bold]   {threads_text(result.threads)}, {copies}, {roof}"
+    if result.case.m > CHECKED_TOKENS and result.case.family == "linear":
+        title += f", {CHECKED_TOKENS} tokens checked"
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True, min_width=22)
     for heading in _HEADINGS:
@@ -94,6 +104,50 @@ def print_verdicts(console: Console, report: Report) -> None:
         console.print(f"[green]all {len(report.cases)} at or above {fail_below:g}[/green]")
 
 
+def limits_table(lines: Sequence[Line]) -> Table:
+    """Every figure of the suite `limits`: what was found, what it has to be, and whether it is."""
+    title = "Figures to reach: geometric means over shapes and thread counts; sizes are the largest"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    for heading in ("", "against"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("found", "worst", "at least", "reach for", "results"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("reached", no_wrap=True)
+    colours = {"reach for": "green", "at least": "green", "no": "red", "incomplete": "yellow", "": "dim"}
+    for line in lines:
+        values = (line.value, line.worst, line.at_least, line.reach_for)
+        table.add_row(
+            line.title,
+            line.against,
+            *("-" if value is None else _figure(value, line.unit) for value in values),
+            f"{line.results} of {line.wanted}",
+            Text(line.reached, style=colours[line.reached]),
+        )
+    return table
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "times as fast":
+        return f"{value:.2f}x"
+    if unit == "more time":
+        return f"{value:+.1%}"
+    return size_text(round(value)) if unit == "bytes" else f"{value:.0f}"
+
+
+def print_sweep(console: Console, verdicts: Sequence[Verdict]) -> None:
+    """Whether cost grows with M, and where it does not."""
+    if not verdicts:
+        console.print("[green]cost grows with M, without a jump[/green]")
+    for kind, heading in (
+        ("slow", "[bold red]cost does not grow with M as it should:[/bold red]"),
+        ("unjudged", "[yellow]without a time:[/yellow]"),
+    ):
+        texts = [verdict.text for verdict in verdicts if verdict.kind == kind]
+        if texts:
+            console.print(heading)
+            console.print("\n".join(texts), markup=False, highlight=False)
+
+
 def print_header(console: Console, report: Report) -> None:
     """Machine, limits and legend."""
     console.print(machine_table(report.machine, report.rooflines))
@@ -115,6 +169,7 @@ def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> l
         f"{measurement.gb_s:.2f}",
         "-" if measurement.gflop_s is None else f"{measurement.gflop_s:.1f}",
         f"{measurement.roofline_percent:.0f}",
+        f"{measurement.page_faults:.0f}",
         size_text(contestant.scratch_bytes),
         size_text(contestant.saved_bytes),
         f"[red]{error}![/red]" if outside else error,

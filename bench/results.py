@@ -17,12 +17,15 @@ from .machine import Machine
 from .roofline import Roofline
 from .stats import Band
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Speed of one contestant; `ratio` is its time over ours (None for ours), paired round by round."""
+    """Speed of one contestant; `ratio` is its time over ours (None for ours), paired round by round.
+
+    `page_faults` of a call, the median over rounds: those of its results are among them.
+    """
 
     ms: Band
     ratio: Band | None
@@ -32,6 +35,7 @@ class Measurement:
     calls: int
     rounds: int
     dropped: int
+    page_faults: float
     samples_ms: list[float]
 
 
@@ -93,6 +97,7 @@ class Settings:
     threads: list[int]
     max_seconds: float
     fail_below: float | None
+    fail_sweep: bool
     seed: int
 
 

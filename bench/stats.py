@@ -15,11 +15,12 @@ THREADS_DISAGREEMENT = 0.10
 
 @dataclass(frozen=True)
 class Sample:
-    """One contestant in one round: seconds of wall clock and of process CPU time for `calls` calls."""
+    """One contestant in one round of `calls` calls: seconds of wall clock and of CPU time, page faults."""
 
     wall: float
     cpu: float
     calls: int
+    faults: int = 0
 
     @property
     def seconds(self) -> float:

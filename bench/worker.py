@@ -13,7 +13,6 @@ import itertools
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from . import memory, registry
 from .baselines import require
 from .case import Case, Unavailable
-from .measure import LocalContestant
+from .measure import LocalContestant, page_faults
 from .stats import Sample
 
 TUNED_ALLOCATOR = {
@@ -140,9 +139,9 @@ class _Served:
 
     def check_tuned(self) -> None:
         """Whether the allocator settings have an effect: freed memory must come back without page faults."""
-        faults = [_page_faults(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1))]
+        faults = [_faults_of(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1))]
         for _ in range(_SETTLING_CALLS):
-            faults.append(_page_faults(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1)))
+            faults.append(_faults_of(lambda: torch.empty(_PROBE_BYTES, dtype=torch.uint8).fill_(1)))
         if faults[-1] > faults[0] // 10:
             raise Unavailable("the allocator of this system does not take glibc's settings")
 
@@ -176,17 +175,17 @@ class _Served:
         return result
 
 
-def _page_faults(call: Callable[[], Any]) -> int:
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def _faults_of(call: Callable[[], Any]) -> int:
+    start = page_faults()
     call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+    return page_faults() - start
 
 
 def _settle(calls: Sequence[Callable[[], Any]]) -> None:
     """Call until a call and the one before it need hardly any new pages: the state a long run is in."""
-    most = last = _page_faults(calls[0])
+    most = last = _faults_of(calls[0])
     for call in itertools.islice(itertools.cycle(calls), _SETTLING_CALLS):
-        faults = _page_faults(call)
+        faults = _faults_of(call)
         most = max(most, faults)
         if max(faults, last) <= most // 10:
             return

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
-from peft_kernels.bench.case import Case
+from peft_kernels.bench.case import OURS, Case
 from peft_kernels.bench.machine import machine_facts
 from peft_kernels.bench.results import (
+    SCHEMA_VERSION,
     CaseResult,
     ContestantResult,
     Gate,
@@ -16,7 +19,7 @@ from peft_kernels.bench.stats import Band
 def measurement(ratio):
     return Measurement(
         ms=Band(1.0, 0.9, 1.1), ratio=ratio, gb_s=3.0, gflop_s=None, roofline_percent=40.0, calls=5, rounds=6,
-        dropped=1, samples_ms=[1.0] * 6,
+        dropped=1, page_faults=0.0, samples_ms=[1.0] * 6,
     )  # fmt: skip
 
 
@@ -44,6 +47,46 @@ def report():
         Gate("eager", 2.0, 1.8),
         1.5,
     )
-    settings = Settings("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [1], 0.2, 0.95, 0)
+    settings = Settings("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [1], 0.2, 0.95, False, 0)
     roofline = Roofline(1, 11.0, 7.0, {"float32": 150.0})
-    return Report(1, "2026-01-01T00:00:00+00:00", machine_facts(), settings, [roofline], [result], False)
+    created = "2026-01-01T00:00:00+00:00"
+    return Report(SCHEMA_VERSION, created, machine_facts(), settings, [roofline], [result], False)
+
+
+@pytest.fixture
+def result_of(report):
+    """Makes the result of a case: ms of ours, and of every baseline the ratio, or None where it has no time.
+
+    `ours`: fields of ours to change, such as scratch_bytes; `page_faults`: of a call of ours.
+    """
+
+    def result_of(case, threads=1, ms=1.0, width=0.02, page_faults=0.0, ours=(), **ratios):
+        def timed(ratio=None):
+            own = ms * (ratio or 1.0)
+            time = Band(own, own * (1 - width / 2), own * (1 + width / 2))
+            band = None if ratio is None else Band(ratio, ratio * 0.9, ratio * 1.1)
+            return dataclasses.replace(measurement(band), ms=time, page_faults=page_faults)
+
+        contestants = [ContestantResult(OURS, "measured", measurement=timed(), **dict(ours))]
+        for name, ratio in ratios.items():
+            status, speed = ("noisy", None) if ratio is None else ("measured", timed(ratio))
+            contestants.append(ContestantResult(name.replace("_", "-"), status, measurement=speed))
+        return dataclasses.replace(
+            report.cases[0], name=case.name, case=case, threads=threads, contestants=contestants, gate=None
+        )
+
+    return result_of
+
+
+@pytest.fixture
+def report_of(report):
+    """Makes the report of a suite from results."""
+
+    def report_of(suite, results, **settings):
+        counts = sorted({result.threads for result in results})
+        settings = {"suite": suite, "threads": counts, "fail_below": None, **settings}
+        return dataclasses.replace(
+            report, cases=list(results), settings=dataclasses.replace(report.settings, **settings)
+        )
+
+    return report_of

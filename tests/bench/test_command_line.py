@@ -1,9 +1,12 @@
+import sys
+
 import pytest
 from peft_kernels.bench import __main__ as command_line
 from peft_kernels.bench import memory
 from peft_kernels.bench.__main__ import main
 from peft_kernels.bench.gate import EXIT_FAILED, EXIT_INTERRUPTED
 from peft_kernels.bench.results import read_json
+from peft_kernels.bench.roofline import Roofline
 from peft_kernels.bench.run import CaseRunner
 
 from peft_kernels import functional
@@ -77,6 +80,80 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     assert "interrupted after 1 of 5" in capsys.readouterr().out
 
 
+@pytest.fixture
+def pretended(monkeypatch, result_of):
+    """Runs without measuring; returns the cases, thread counts and runners of them."""
+    ran = []
+
+    def run(self, case, threads):
+        ran.append((case, threads, self))
+        slow = case.m == 2  # takes 1.5 times as long as M = 3
+        return result_of(case, threads, ms=6.0 if slow else 1.0 + case.m, dense=2.0)
+
+    monkeypatch.setattr(CaseRunner, "run", run)
+    monkeypatch.setattr(command_line, "measure_roofline", lambda threads, dtypes: Roofline(threads, 1, 1, {}))
+    return ran
+
+
+SWEEP = ["--suite", "sweep", "--filter", "*/forward/M[1-4]-*/float32"]
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--fail-sweep"], EXIT_FAILED)])
+def test_a_sweep_has_a_verdict_and_a_plot(pretended, tmp_path, capsys, options, status):
+    plot, path = tmp_path / "plot.png", tmp_path / "report.json"
+    assert main([*SWEEP, "--plot", str(plot), "--json", str(path), *options]) == status
+    out = capsys.readouterr().out
+    assert "nf4/float32, 1 thread: M=2 takes 50.0% more time than M=3" in out
+    assert plot.stat().st_size > 5000
+    assert read_json(path).settings.fail_sweep == bool(options)
+    assert [(case.m, threads) for case, threads, _ in pretended] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+
+
+def test_a_sweep_without_a_break_passes(pretended, capsys):
+    assert main(["--suite", "sweep", "--filter", "*/M[134]-*/bfloat16", "--fail-sweep"]) == 0
+    assert "cost grows with M, without a jump" in capsys.readouterr().out
+
+
+def test_limits_runs_one_and_two_threads_and_ends_with_its_table(pretended, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert main(["--suite", "limits", "--filter", "*M16-*", "--json", str(path)]) == 0
+    assert [(case.n, threads) for case, threads, _ in pretended] == [
+        (n, threads) for n in (4096, 11008, 4096) for threads in (1, 2)
+    ]
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(" forward float32 M=16 ")
+    )
+    assert line.split()[3:] == ["dense", "2.00x", "2.00x", "2.30x", "3.00x", "6", "of", "6", "no"]
+    assert read_json(path).settings.threads == [1, 2]
+
+
+def test_suites_that_ask_about_ours_measure_only_our_scratch(pretended):
+    for suite, of_all in (("sweep", False), ("limits", False), ("quick", True)):
+        pretended.clear()
+        main(["--suite", suite, "--filter", "*forward/M16-K4096-N4096*"])
+        assert {each.scratch_of_all for *_, each in pretended} == {of_all}
+
+
+def test_baselines_that_are_named_are_measured_wherever_they_apply(pretended):
+    arguments = ["--suite", "limits", "--filter", "*backward/M1-*", "--threads", "1"]
+    main(arguments)
+    assert {case.against for case, *_ in pretended} == {("bitsandbytes",)}
+    pretended.clear()
+    main([*arguments, "--baseline", "eager,dense"])
+    assert {(case.against, tuple(each.baselines)) for case, _, each in pretended} == {
+        ((), ("eager", "dense"))
+    }
+
+
+def test_without_matplotlib_nothing_is_measured(monkeypatch, capsys, pretended):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as status:
+        main([*SWEEP, "--plot", "plot.png"])
+    assert status.value.code == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+    assert pretended == []
+
+
 def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
     monkeypatch.delattr(command_line, "run")
     assert main(["--list", "--family", "dropout", "--suite", "full"]) == 0
@@ -90,6 +167,12 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
         (["--filter", "nothing*"], "no case of suite quick matches nothing*"),
+        (["--plot", "plot.txt"], "--plot must end in one of .png, .svg, .pdf, got plot.txt"),
+        (
+            ["--family", "nf4", "--plot", "plot.png"],
+            "--plot and --fail-sweep need a problem at two M or more",
+        ),
+        (["--family", "nf4", "--fail-sweep"], "--plot and --fail-sweep need a problem at two M or more"),
     ],
 )
 def test_bad_options_are_explained(capsys, arguments, message):

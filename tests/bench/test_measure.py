@@ -1,6 +1,7 @@
 import itertools
 import time
 
+import torch
 from peft_kernels.bench.measure import MAX_CALLS, Budget, LocalContestant, interleave
 from peft_kernels.bench.stats import MIN_CLEAN_ROUNDS, Sample
 
@@ -64,6 +65,24 @@ def test_fast_contestants_get_many_calls_a_sample():
     }
     interleave(contestants, "ours", 1, Budget(max_seconds=0.0), seed=0)
     assert dict(turns) == {"ours": 5, "a": MAX_CALLS, "b": 1}
+
+
+def test_a_call_that_fills_a_sample_many_times_is_not_made_twice_to_find_out():
+    turns = []
+    scripts = {"ours": 0.01, "slow": 1.0}
+    contestants = {name: Scripted(name, [seconds], turns) for name, seconds in scripts.items()}
+    interleave(contestants, "ours", 1, Budget(max_seconds=0.0), seed=0)
+    assert [name for name, _ in turns].count("ours") == CALIBRATION + MIN_CLEAN_ROUNDS
+    assert [name for name, _ in turns].count("slow") == 1 + MIN_CLEAN_ROUNDS
+
+
+def test_page_faults_are_those_of_the_calls():
+    kept = torch.ones(4096)
+    quiet = LocalContestant([lambda: kept.add_(1)])
+    fresh = LocalContestant([lambda: torch.empty(64 << 20, dtype=torch.uint8).fill_(1)])  # mapped anew
+    quiet.sample(3)
+    assert quiet.sample(100).faults < 10
+    assert fresh.sample(2).faults >= 2 * 64 / 2  # pages of 4 KiB or of 2 MiB
 
 
 def test_local_contestant_rotates_and_times_only_its_calls():

@@ -1,9 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from peft_kernels.bench.case import Case, Oracle
-from peft_kernels.bench.oracle import LinearTerms, compare, linear_oracle, philox_keep_scale, philox_words
+from peft_kernels.bench.oracle import (
+    CHECKED_TOKENS,
+    LinearTerms,
+    checked_tokens,
+    compare,
+    linear_oracle,
+    philox_keep_scale,
+    philox_words,
+)
 
 from peft_kernels import functional
 
@@ -69,6 +78,28 @@ def test_a_weight_rounded_to_bfloat16_is_red():
     assert check.worst == "y"
 
 
+def rounded(weight, bits):
+    """To `bits` significant bits, to nearest."""
+    mantissa, exponent = torch.frexp(weight)
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
+@pytest.mark.parametrize(("bits", "passed"), [(8, True), (5, False)])
+def test_a_weight_may_be_rounded_to_bfloat16_where_that_is_known_and_no_further(bits, passed):
+    given = replace(terms(torch.bfloat16), lora_a=None, lora_b=None)
+    given = replace(given, weight=given.weight.float() * 1.2345)  # as a decoded one: no bfloat16
+    weight = rounded(given.weight, bits).double()
+    assert bits != 8 or torch.equal(weight, given.weight.bfloat16().double())
+    results = {"y": given.x.double() @ weight.T, "dx": given.grad.double() @ weight}
+    roundoff = dict.fromkeys(results, 2.0**-8)
+    bfloat16 = replace(case(), r=0, dtype="bfloat16")
+    assert compare(results, linear_oracle(bfloat16, given, None, roundoff)).passed == passed
+    assert not compare(results, linear_oracle(bfloat16, given, None)).passed
+    for name in results:  # each result has its own
+        others = {other: roundoff[other] for other in results if other != name}
+        assert compare(results, linear_oracle(bfloat16, given, None, others)).worst == name
+
+
 def test_one_wrong_element_is_red():
     given = terms()
     oracle = linear_oracle(case("forward"), given, None)
@@ -76,6 +107,46 @@ def test_one_wrong_element_is_red():
     assert compare({"y": y}, oracle).tolerance_used == 0.0
     y[3, 5] += 10 * oracle.tolerances["y"][3, 5]
     assert compare({"y": y}, oracle).tolerance_used == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("m", [CHECKED_TOKENS + 1, 1024, 2048, 4096])
+def test_checked_tokens_are_the_first_the_last_and_of_every_remainder(m):
+    mask = checked_tokens(m)
+    tokens = mask.nonzero().flatten()
+    assert mask.shape == (m,)
+    assert len(tokens) == CHECKED_TOKENS
+    assert (tokens[0], tokens[-1]) == (0, m - 1)
+    for block in (2, 3, 4, 6, 8, 12, 14, 16, 24, 28, 32, 64, 96, 192):
+        assert len(set((tokens % block).tolist())) == block
+
+
+def test_up_to_a_limit_every_token_is_checked():
+    assert checked_tokens(CHECKED_TOKENS) is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_of_many_tokens_the_checked_ones_are_those_of_a_full_check(monkeypatch, direction):
+    given, factors = terms(), philox_keep_scale((M, K), 0.2, seed=3)
+    full = linear_oracle(case(direction), given, factors)
+    monkeypatch.setattr("peft_kernels.bench.oracle.CHECKED_TOKENS", 3)
+    some = linear_oracle(case(direction), given, factors)
+    rows = [0, 4, 7]  # of 8
+    for part in ("values", "tolerances"):
+        for name, expected in getattr(full, part).items():
+            expected = expected[rows] if name in ("y", "dx") else expected
+            torch.testing.assert_close(getattr(some, part)[name], expected, rtol=1e-12, atol=1e-15)
+    assert compare(full.values, some).passed
+    for name, wrong in full.values.items():
+        last = torch.zeros_like(wrong)
+        last[-1, -1] = 10 * full.tolerances[name][-1, -1]
+        assert compare(full.values | {name: wrong + last}, some).tolerance_used == pytest.approx(10.0)
+
+
+def test_results_have_all_tokens_whichever_are_checked(monkeypatch):
+    monkeypatch.setattr("peft_kernels.bench.oracle.CHECKED_TOKENS", 3)
+    oracle = linear_oracle(case("forward"), terms(), None)
+    with pytest.raises(ValueError, match=rf"y must be \[{M}, {N}\], got \[3, {N}\]"):
+        compare({"y": oracle.values["y"]}, oracle)
 
 
 def test_nan_is_red_wherever_it_is():

@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from peft_kernels.bench.results import read_json, write_json
+from peft_kernels.bench.results import SCHEMA_VERSION, read_json, write_json
 from peft_kernels.bench.roofline import Roofline
 
 
@@ -31,7 +31,7 @@ def edited(tmp_path, report, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(schema_version=2), r"schema_version must be 1, got 2"),
+        (lambda c: c.update(schema_version=1), rf"schema_version must be {SCHEMA_VERSION}, got 1"),
         (lambda c: c.pop("machine"), r"report must be an object with .*machine"),
         (lambda c: c.update(unknown=1), r"report must be an object"),
         (

@@ -3,16 +3,27 @@ import io
 
 import pytest
 import torch
-from peft_kernels.bench import baselines, memory
-from peft_kernels.bench.case import BASELINES, GATE_BASELINES, OURS, Case
+from peft_kernels.bench import baselines, cases_linear, memory
+from peft_kernels.bench import run as runner
+from peft_kernels.bench.case import (
+    BASELINES,
+    GATE_BASELINES,
+    NO_DROPOUT,
+    OURS,
+    OWN_VARIANTS,
+    PLAIN_SCALES,
+    TUNED_SUFFIX,
+    Case,
+)
 from peft_kernels.bench.gate import gate_of, judge
 from peft_kernels.bench.measure import Budget
-from peft_kernels.bench.registry import FAMILIES, SUITES, select
+from peft_kernels.bench.registry import FAMILIES, SUITES, default_baselines, prepare, select
 from peft_kernels.bench.report import case_view
 from peft_kernels.bench.results import ContestantResult
 from peft_kernels.bench.roofline import Roofline
 from peft_kernels.bench.run import CaseRunner, _rate
 from peft_kernels.bench.stats import Band, Sample
+from peft_kernels.bench.suites import LIMITS, LIMITS_SHAPES
 from peft_kernels.bench.worker import Workers
 from rich.console import Console
 
@@ -22,7 +33,7 @@ CASE = Case("linear", "nf4_linear", 3, 128, 64, weight="nf4")
 QLORA = Case(
     "linear", "nf4_lora_linear", 3, 128, 64, r=4, weight="nf4_double", direction="both", dropout=0.25
 )
-LOCAL = ("eager", "bitsandbytes", "peft", "dense")
+LOCAL = ("eager", "bitsandbytes", "peft", "dense", *OWN_VARIANTS)
 
 
 @pytest.fixture
@@ -59,6 +70,83 @@ def test_every_contestant_computes_the_same(run, case):
 def test_saved_for_backward_is_x_and_u_and_the_seed(run):
     ours = run(QLORA, names=()).contestants[0]
     assert ours.saved_bytes == 4 * (3 * 128 + 3 * 4) + 8
+
+
+def test_dropout_saves_its_seed_and_double_quantisation_nothing(run):
+    ours, without, plain = run(QLORA, names=OWN_VARIANTS).contestants
+    assert (without.name, plain.name) == (NO_DROPOUT, PLAIN_SCALES)
+    assert ours.saved_bytes - without.saved_bytes == 8
+    assert plain.saved_bytes == ours.saved_bytes
+
+
+def test_variants_of_ours_share_no_memory_with_it():
+    """Or one would find in cache what the other has just read."""
+    prepared = prepare(QLORA)
+    packed = {
+        name: {
+            tensor.data_ptr()
+            for tensor in prepared.contestants[name]()[0].frozen
+            if tensor.dtype == torch.uint8
+        }
+        for name in (OURS, *OWN_VARIANTS)
+    }
+    assert all(packed.values())
+    assert not packed[OURS] & packed[NO_DROPOUT]
+    assert not packed[OURS] & packed[PLAIN_SCALES]
+
+
+def test_plain_scales_are_plain():
+    programs = prepare(QLORA).contestants[PLAIN_SCALES]()
+    packed, _, *absmax = programs[0].frozen[:-2]  # and A and B
+    assert packed.dtype == torch.uint8
+    assert [scale.dtype for scale in absmax] == [torch.float32]
+
+
+def test_thread_counts_of_a_case_share_its_tensors(monkeypatch):
+    made = []
+    monkeypatch.setattr(memory, "can_measure_scratch", lambda: False)
+    monkeypatch.setattr(runner, "prepare", lambda case: made.append(case) or prepare(case))
+    other = dataclasses.replace(CASE, m=2)
+    with Workers() as workers:
+        roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0})
+        case_runner = CaseRunner((), Budget(0.0, 0.0), 0, workers, {1: roofline, 2: roofline})
+        results = [case_runner.run(case, threads) for case in (CASE, other, CASE) for threads in (1, 2)]
+    assert made == [CASE, other, CASE]
+    assert [(result.case, result.threads) for result in results[:3]] == [(CASE, 1), (CASE, 2), (other, 1)]
+    assert all(result.contestants[0].tolerance_used <= 1 for result in results)
+
+
+@pytest.mark.parametrize(("of_all", "names"), [(True, [OURS, "eager"]), (False, [OURS])])
+def test_scratch_of_baselines_is_measured_where_it_is_wanted(monkeypatch, of_all, names):
+    asked = []
+
+    class Child:
+        def request(self, what, case, names, threads):
+            asked.append((what, names))
+            return dict.fromkeys(names, 4096)
+
+    workers = Workers()
+    monkeypatch.setattr(workers, "memory", lambda: Child())
+    roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0})
+    case_runner = CaseRunner(("eager",), Budget(0.0, 0.0), 0, workers, {1: roofline}, scratch_of_all=of_all)
+    result = case_runner.run(CASE, threads=1)
+    assert asked == [("scratch", names)]
+    assert [c.name for c in result.contestants if c.scratch_bytes == 4096] == names
+
+
+@pytest.mark.parametrize(("direction", "result"), [("forward", "y"), ("backward", "dx")])
+def test_the_check_knows_where_the_weight_is_rounded(monkeypatch, direction, result):
+    case = dataclasses.replace(CASE, dtype="bfloat16", direction=direction)
+    tolerances = {}
+    for planned in ("fp32 panels", "bf16 panels"):
+
+        def method(product, tokens, *, backward=False, planned=planned):
+            assert (product.in_features, product.blocksize, tokens) == (128, 64, 3)
+            return planned if backward == (direction == "backward") else "look-up GEMV"
+
+        monkeypatch.setattr(cases_linear, "method", method)
+        tolerances[planned] = prepare(case).oracle(OURS).tolerances[result]
+    assert (tolerances["bf16 panels"] > tolerances["fp32 panels"]).all()
 
 
 def test_red_check_hides_speed(run, monkeypatch):
@@ -110,6 +198,11 @@ def test_rates_follow_from_the_median():
     assert ours.roofline_percent == pytest.approx(50.0)
 
 
+def test_page_faults_are_the_median_of_a_call():
+    samples = [Sample(0.02, 0.02, 2, faults) for faults in (7, 4, 4, 900, 4, 6)]
+    assert rated(**{OURS: samples})[OURS].measurement.page_faults == 2.5
+
+
 def test_disturbed_rounds_are_dropped_and_counted():
     disturbed = rounds([0.5] * 2, share=0.3)
     results = rated(**{OURS: rounds([0.01] * 8), "eager": rounds([0.02] * 6) + disturbed})
@@ -135,10 +228,37 @@ def test_suites_have_unique_names_and_something_to_gate_on(suite):
         assert set(names) & set(GATE_BASELINES)
 
 
+def test_sweep_has_every_m_in_both_directions_and_dtypes():
+    cases = select("sweep")
+    tokens = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096]
+    curves = {(case.direction, case.dtype) for case in cases}
+    assert curves == {(d, t) for d in ("forward", "backward") for t in ("float32", "bfloat16")}
+    for curve in curves:
+        assert [case.m for case in cases if (case.direction, case.dtype) == curve] == tokens
+    assert {(case.k, case.n, case.weight, case.r) for case in cases} == {(4096, 4096, "nf4", 0)}
+    assert default_baselines("sweep") == ["dense"]
+
+
+def test_limits_measures_what_has_a_figure_and_no_more():
+    cases = select("limits")
+    assert len(cases) == len(LIMITS) * len(LIMITS_SHAPES)
+    for case in cases:
+        names = FAMILIES[case.family].baselines(case)
+        assert set(case.against) <= set(names), f"{case.name} has figures against what cannot be measured"
+        assert set(case.against) <= set(default_baselines("limits"))
+        assert runner.baselines(case) == tuple(name for name in names if name in case.against)
+    assert not {"eager", "compile", "peft" + TUNED_SUFFIX} & set(default_baselines("limits"))
+
+
+def test_only_the_full_suite_compiles_and_takes_ours_apart():
+    assert set(default_baselines("full")) == set(BASELINES)
+    assert set(BASELINES) - set(default_baselines("quick")) == {"compile", *OWN_VARIANTS}
+
+
 def test_selection():
     assert {case.family for case in select("full", ["dropout"])} == {"dropout"}
     assert all("M64-" in case.name for case in select("full", pattern="*M64-*"))
     with pytest.raises(ValueError, match="family must be one of nf4, linear, dropout, got dora"):
         select("full", ["dora"])
-    with pytest.raises(ValueError, match="suite must be one of smoke, quick, full, got all"):
+    with pytest.raises(ValueError, match="suite must be one of smoke, quick, full, sweep, limits, got all"):
         select("all")

@@ -97,65 +97,114 @@ void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed,
   });
 }
 
-// --- few tokens: W is looked up straight into the accumulation, as in the forward's GEMV
-// -------------------------------
+// --- dz W for few tokens: W is looked up straight into the accumulation, as in the forward's GEMV --------------------
 
-// sums[t * lds + k] = sum_n dz[t][n] W[n][k0 + k] for kPanels * kPanelColumns input features; lanes run along k, even
-// and odd k apart (the nibbles' order) until the end.
+// Some output features, n0 .. n0 + rows, of the product; their rows of W are read from one end of the task's input
+// features to the other, as they lie in memory.
+struct GemvRows {
+  const NF4Weight& w;
+  int64_t in_features, out_features, n0, rows;
+  const float* dz;      // [tokens, out_features]
+  const float* scales;  // [rows, blocks], from the block of the task's first input feature on
+  int64_t first_block;  // that block, of those in a row
+  int64_t blocks;
+  bool first, last;  // of the output features
+  float* product;    // [tokens, in_features]; until the last rows are in, even before odd inputs in each panel
+};
+
+// product[t][k .. k + kPanels * kPanelColumns) += sum_n dz[t][n] W[n][k ..]; lanes run along k, even and odd k apart
+// (the nibbles' order).
 template <int kTokens, int kPanels>
-void gemv_by_input(const NF4Weight& w, int64_t in_features, int64_t out_features, const float* dz, int64_t k0,
-                   float* sums, int64_t lds) {
+void gemv_by_input(const GemvRows& c, int64_t k) {
   const Table code = load_table(kNF4Code);
+  const int log2 = c.w.blocksize_log2;
   Vec even[kTokens][kPanels], odd[kTokens][kPanels];
   for (int t = 0; t < kTokens; ++t) {
-    for (int i = 0; i < kPanels; ++i) even[t][i] = odd[t][i] = zero();
+    for (int i = 0; i < kPanels; ++i) {
+      const float* partial = c.product + t * c.in_features + k + i * kPanelColumns;
+      even[t][i] = c.first ? zero() : load(partial);
+      odd[t][i] = c.first ? zero() : load(partial + kLanes);
+    }
   }
-  const int64_t row_bytes = in_features >> 1;
-  for (int64_t n = 0; n < out_features; ++n) {
-    const int64_t element = n * in_features + k0;
-    const uint8_t* bytes = w.packed + (element >> 1);
-    prefetch(bytes + 24 * row_bytes);
+  for (int64_t r = 0; r < c.rows; ++r) {
+    const uint8_t* bytes = c.w.packed + (((c.n0 + r) * c.in_features + k) >> 1);
+    if (k / 2 % kCacheLine == 0) prefetch(bytes + (c.rows * c.in_features >> 1));
     int64_t block = -1;
     Table table = code;
     for (int i = 0; i < kPanels; ++i) {
-      if (const int64_t next = (element + i * kPanelColumns) >> w.blocksize_log2; next != block) {
+      if (const int64_t next = (k + i * kPanelColumns) >> log2; next != block) {
         block = next;
-        float scale_of_block = 0.0f;
-        load_scales(w, block, 1, &scale_of_block);
-        table = scale(code, scale_of_block);
+        table = scale(code, c.scales[r * c.blocks + block - c.first_block]);
       }
       const Bytes b = load_bytes(bytes + i * kLanes);
       const Vec high = look_up_high(table, b), low = look_up_low(table, b);
       for (int t = 0; t < kTokens; ++t) {
-        const Vec s = broadcast(dz[t * out_features + n]);
+        const Vec s = broadcast(c.dz[t * c.out_features + c.n0 + r]);
         even[t][i] = fmadd(s, high, even[t][i]);
         odd[t][i] = fmadd(s, low, odd[t][i]);
       }
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int i = 0; i < kPanels; ++i) store_interleaved(sums + t * lds + i * kPanelColumns, even[t][i], odd[t][i]);
+    for (int i = 0; i < kPanels; ++i) {
+      float* to = c.product + t * c.in_features + k + i * kPanelColumns;
+      if (c.last) {
+        store_interleaved(to, even[t][i], odd[t][i]);
+      } else {
+        store(to, even[t][i]);
+        store(to + kLanes, odd[t][i]);
+      }
+    }
   }
 }
 
 template <int kTokens>
-void gemv_by_inputs(int64_t tokens, const NF4Weight& w, int64_t in_features, int64_t out_features, const float* dz,
-                    int64_t k0, int64_t width, float* sums) {
+void gemv_by_inputs(int64_t tokens, const GemvRows& c, int64_t k0, int64_t width) {
   if constexpr (kTokens > 0) {
-    if (tokens != kTokens) {
-      return gemv_by_inputs<kTokens - 1>(tokens, w, in_features, out_features, dz, k0, width, sums);
-    }
+    if (tokens != kTokens) return gemv_by_inputs<kTokens - 1>(tokens, c, k0, width);
     constexpr int kPanels = kAccumulators / 2 / kTokens >= 4 ? 4 : (kAccumulators / 2 / kTokens >= 2 ? 2 : 1);
     constexpr int64_t kStep = kPanels * kPanelColumns;
-    int64_t k = 0;
-    for (; k + kStep <= width; k += kStep) {
-      gemv_by_input<kTokens, kPanels>(w, in_features, out_features, dz, k0 + k, sums + k, width);
-    }
-    for (; k < width; k += kPanelColumns) {
-      gemv_by_input<kTokens, 1>(w, in_features, out_features, dz, k0 + k, sums + k, width);
-    }
+    const int64_t end = k0 + width;
+    int64_t k = k0;
+    for (; k + kStep <= end; k += kStep) gemv_by_input<kTokens, kPanels>(c, k);
+    for (; k < end; k += kPanelColumns) gemv_by_input<kTokens, 1>(c, k);
   }
 }
+
+// product[M, K] = dz W.
+void backward_gemv(const AdaptedLinearBackward& p, const float* dz, float* product, ThreadPool pool) {
+  constexpr int64_t kRows = 32;
+  const int log2 = p.nf4.blocksize_log2;
+  const int64_t blocks = p.in_features >> log2;                              // of a row
+  const int64_t share = ceil_div(blocks, lesser(blocks, 2 * pool.threads));  // of a task; any gives the same bits
+  parallel(pool, ceil_div(blocks, share), [&](int64_t task) {
+    const int64_t first_block = task * share, task_blocks = lesser(share, blocks - first_block);
+    float* scales = task_scratch(static_cast<size_t>(kRows * task_blocks));
+    for (int64_t n0 = 0; n0 < p.out_features; n0 += kRows) {
+      const int64_t rows = lesser(kRows, p.out_features - n0);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t block = (n0 + r) * blocks + first_block;
+        load_scales(p.nf4, block, task_blocks, scales + r * task_blocks);
+        for (int64_t i = 0; i < task_blocks; i += kCacheLine / 4) prefetch_scales(p.nf4, block + kRows * blocks + i);
+      }
+      const GemvRows c{p.nf4,
+                       p.in_features,
+                       p.out_features,
+                       n0,
+                       rows,
+                       dz,
+                       scales,
+                       first_block,
+                       task_blocks,
+                       n0 == 0,
+                       n0 + rows == p.out_features,
+                       product};
+      gemv_by_inputs<kGemvByInputTokens>(p.tokens, c, first_block << log2, task_blocks << log2);
+    }
+  });
+}
+
+// --- dz W for more tokens, and everything else that belongs to input features ---------------------------------------
 
 // sums[t][i] = dz[m0 + t] . W[:, k0 + i], by panels, for i < width; zero from `inputs` on.
 template <class P>
@@ -165,6 +214,9 @@ void multiply_by_input(const AdaptedLinearBackward& p, int64_t m0, int64_t token
   static_assert(sizeof(Unit) == sizeof(float));
   Unit* units = reinterpret_cast<Unit*>(a);
   Unit* panel = reinterpret_cast<Unit*>(panels);
+  const int log2 = p.nf4.blocksize_log2;
+  const int64_t first_block = k0 >> log2, blocks = ((k0 + inputs - 1) >> log2) + 1 - first_block;  // of a row
+  float scales[kBlockElements<P> * (kMostBlockInputs / 32 + 1)];  // [depth, blocks]; 32 is the least blocksize
   fill_zero(sums, tokens * width);
   for (int64_t n0 = 0; n0 < p.out_features; n0 += kBlockElements<P>) {
     const int64_t depth = lesser(kBlockElements<P>, p.out_features - n0);
@@ -173,8 +225,16 @@ void multiply_by_input(const AdaptedLinearBackward& p, int64_t m0, int64_t token
     for (int64_t t = 0; t < tokens; ++t) {
       load_operand<P>(p.grad, (m0 + t) * p.out_features + n0, depth, column_scale, units + t * kBlockDepth);
     }
+    if (rows_are_whole_blocks(p.nf4, p.in_features)) {
+      for (int64_t n = 0; n < depth; ++n) {
+        const int64_t block = ((n0 + n) * p.in_features >> log2) + first_block;
+        prefetch_scales(p.nf4, block + (p.in_features >> log2) * kBlockDepth);
+        load_scales(p.nf4, block, blocks, scales + n * blocks);
+      }
+    }
     for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
-      decode_panel_by_input<P>(p.nf4, p.in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j), panel);
+      decode_panel_by_input<P>(p.nf4, p.in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j),
+                               scales + (((k0 + j) >> log2) - first_block), blocks, panel);
       multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
     }
   }
@@ -190,11 +250,11 @@ inline Method plan_backward(const AdaptedLinearBackward& p) {
   return plan({true, p.tokens, p.in_features, p.nf4.blocksize_log2, p.grad.dtype, static_cast<bool>(p.column_scale)});
 }
 
-// dx, dA and d input_scale; tasks own input features and go through all tokens. `few_dz` is dz [M, N] where the tokens
-// are few enough for the GEMV, else null.
-void backward_inputs(const AdaptedLinearBackward& p, const float* du, const float* du_transposed, const float* few_dz,
+// dx, dA and d input_scale; tasks own input features and go through all tokens. `base` is dz W [M, K], where that is
+// computed already.
+void backward_inputs(const AdaptedLinearBackward& p, Array base, const float* du, const float* du_transposed,
                      ThreadPool pool) {
-  const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
+  const int64_t in_features = p.in_features, rank = p.lowrank.rank;
   const int64_t block = block_columns(in_features, kMostBlockInputs, pool);
   const bool through_weight = p.dx || p.dinput_scale;
   const Method method = plan_backward(p);
@@ -216,12 +276,10 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
 
     for (int64_t m0 = 0; m0 < p.tokens && through_weight; m0 += kBlockTokens) {
       const int64_t tokens = lesser(kBlockTokens, p.tokens - m0);
-      if (p.base) {
-        load_block(p.base, in_features, m0, tokens, k0, inputs, width, sums);
+      if (base) {
+        load_block(base, in_features, m0, tokens, k0, inputs, width, sums);
       } else if (method == Method::kBf16Panels) {
         multiply_by_input_bf16<Bf16Pairs>(p, m0, tokens, k0, inputs, width, a, panels, sums);
-      } else if (few_dz != nullptr) {
-        gemv_by_inputs<kGemvByInputTokens>(tokens, p.nf4, in_features, out_features, few_dz, k0, width, sums);
       } else {
         multiply_by_input<Fp32>(p, m0, tokens, k0, inputs, width, a, panels, sums);
       }
@@ -270,25 +328,30 @@ void backward_inputs(const AdaptedLinearBackward& p, const float* du, const floa
 void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
   const int64_t rank = p.lowrank.rank;
   const bool need_du = rank != 0 && (p.dx || p.dlora_a), through_weight = p.dx || p.dinput_scale;
-  const bool few = through_weight && !p.base && plan_backward(p) == Method::kGemv;
-  const int64_t du_size = need_du ? p.tokens * rank : 0, few_size = few ? p.tokens * p.out_features : 0;
+  const bool few = through_weight && p.tokens > 0 && !p.base && plan_backward(p) == Method::kGemv;
+  const int64_t du_size = need_du ? p.tokens * rank : 0;
   const int64_t du_transposed_size = p.dlora_a ? transposed_size(p.tokens, rank) : 0;
   const int64_t u_transposed_size = p.dlora_b ? transposed_size(p.tokens, rank) : 0;
+  const int64_t dz_size = few ? p.tokens * p.out_features : 0, product_size = few ? p.tokens * p.in_features : 0;
   const int64_t scale_size = few && p.column_scale ? p.out_features : 0;
   Slice caller{caller_scratch(static_cast<size_t>(slice_size(du_size) + slice_size(du_transposed_size) +
-                                                  slice_size(u_transposed_size) + slice_size(few_size) +
-                                                  slice_size(scale_size)))};
+                                                  slice_size(u_transposed_size) + slice_size(dz_size) +
+                                                  slice_size(product_size) + slice_size(scale_size)))};
   float* du = caller.take(du_size);
   float* du_transposed = caller.take(du_transposed_size);
   float* u_transposed = caller.take(u_transposed_size);
-  float* few_dz = few ? caller.take(few_size) : nullptr;
   if (need_du) backward_du(p, du, pool);
   if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed, pool);
   if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed, pool);
   if (p.dlora_b || p.dbias || p.dcolumn_scale) backward_outputs(p, u_transposed, pool);
+  Array base = p.base;
   if (few) {
+    float* dz = caller.take(dz_size);
+    float* product = caller.take(product_size);
     const float* column_scale = optional_as_float(p.column_scale, 0, p.out_features, caller.take(scale_size));
-    for (int64_t m = 0; m < p.tokens; ++m) load_dz(p, m, 0, p.out_features, column_scale, few_dz + m * p.out_features);
+    for (int64_t m = 0; m < p.tokens; ++m) load_dz(p, m, 0, p.out_features, column_scale, dz + m * p.out_features);
+    backward_gemv(p, dz, product, pool);
+    base = {product, DType::kFloat32};
   }
-  if (through_weight || p.dlora_a) backward_inputs(p, du, du_transposed, few_dz, pool);
+  if (through_weight || p.dlora_a) backward_inputs(p, base, du, du_transposed, pool);
 }

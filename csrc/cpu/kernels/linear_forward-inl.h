@@ -95,50 +95,37 @@ const float* optional_as_float(Array src, int64_t offset, int64_t count, float* 
 
 // --- few tokens: look-up GEMV -------------------------------------------------------------------------------------
 
-// One chunk of the reduction, k0 .. k0 + depth, for kRows output features from n0 on and kTokens tokens.
-struct GemvChunk {
-  const NF4Weight& w;
-  int64_t in_features, k0, depth;
-  const float*
-      x;  // [tokens, depth], each group of 2 * kLanes split into its even then its odd members: as nibbles come
-  bool first, last;  // of the chunks
-  int64_t ahead;     // elements from a row to what this thread reads next
-  float* scales;     // room for 4 rows
-};
-
-// sums[t * lds + r] = x[t] . W[n0 + r], when the last chunk is done; until then `partial` keeps vectors of sums.
+// sums[t * lds + r] = x[t] . W[n0 + r] for kRows rows and kTokens tokens. x is in fp32 with each group of 2 * kLanes
+// split into its even then its odd members, as the nibbles come: high nibbles first. The rows' scales are at
+// scales[r * blocks]. Where `first`, this thread's next rows are fetched from memory on the way.
 template <int kTokens, int kRows>
-void gemv_rows(const GemvChunk& c, int64_t n0, float* partial, float* sums, int64_t lds) {
+void gemv_rows(const NF4Weight& w, int64_t in_features, const float* x, int64_t n0, const float* scales, bool first,
+               float* sums, int64_t lds) {
   // Two accumulators where few would leave the FMA units waiting for each other.
-  constexpr int kChains = kTokens * kRows * 2 <= kAccumulators ? 2 : 1;
-  const int64_t blocksize = int64_t{1} << c.w.blocksize_log2, blocks = ceil_div(c.depth, blocksize);
-  const int64_t ahead_blocks = c.ahead >> c.w.blocksize_log2, span = lesser(blocksize, c.depth);
+  constexpr int kChains = kTokens <= 2 && kTokens * kRows * 2 <= kAccumulators ? 2 : 1;
+  const int64_t blocksize = int64_t{1} << w.blocksize_log2, blocks = in_features >> w.blocksize_log2;
+  const int64_t ahead = first ? kRows * (in_features >> 1) : 0;
   const Table code = load_table(kNF4Code);
   const uint8_t* row[kRows];
   Vec acc[kRows][kTokens][kChains];
   for (int r = 0; r < kRows; ++r) {
-    const int64_t element = (n0 + r) * c.in_features + c.k0, block = element >> c.w.blocksize_log2;
-    row[r] = c.w.packed + (element >> 1);
-    load_scales(c.w, block, blocks, c.scales + r * blocks);
-    for (int64_t i = 0; i < blocks; i += kCacheLine / 4) prefetch_scales(c.w, block + ahead_blocks + i);
+    row[r] = w.packed + (((n0 + r) * in_features) >> 1);
     for (int t = 0; t < kTokens; ++t) {
-      for (int i = 0; i < kChains; ++i) {
-        acc[r][t][i] = c.first ? zero() : load(partial + ((r * kTokens + t) * kChains + i) * kLanes);
-      }
+      for (int c = 0; c < kChains; ++c) acc[r][t][c] = zero();
     }
   }
   for (int64_t block = 0; block < blocks; ++block) {
     Table table[kRows];
     for (int r = 0; r < kRows; ++r) {
-      table[r] = scale(code, c.scales[r * blocks + block]);
-      prefetch(row[r] + (block * blocksize + c.ahead) / 2);
+      table[r] = scale(code, scales[r * blocks + block]);
+      prefetch(row[r] + block * blocksize / 2 + ahead);
     }
-    for (int64_t k = block * blocksize; k < block * blocksize + span; k += 2 * kLanes) {
+    for (int64_t k = block * blocksize; k < (block + 1) * blocksize; k += 2 * kLanes) {
       for (int r = 0; r < kRows; ++r) {
         const Bytes b = load_bytes(row[r] + k / 2);
         const Vec high = look_up_high(table[r], b), low = look_up_low(table[r], b);
         for (int t = 0; t < kTokens; ++t) {
-          const float* xt = c.x + t * c.depth + k;
+          const float* xt = x + t * in_features + k;
           acc[r][t][0] = fmadd(high, load(xt), acc[r][t][0]);
           acc[r][t][kChains - 1] = fmadd(low, load(xt + kLanes), acc[r][t][kChains - 1]);
         }
@@ -147,82 +134,73 @@ void gemv_rows(const GemvChunk& c, int64_t n0, float* partial, float* sums, int6
   }
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) {
-      if (c.last) {
-        sums[t * lds + r] = reduce_add(kChains == 2 ? add(acc[r][t][0], acc[r][t][1]) : acc[r][t][0]);
-      } else {
-        for (int i = 0; i < kChains; ++i) store(partial + ((r * kTokens + t) * kChains + i) * kLanes, acc[r][t][i]);
-      }
+      sums[t * lds + r] = reduce_add(kChains == 2 ? add(acc[r][t][0], acc[r][t][1]) : acc[r][t][0]);
     }
   }
 }
 
 template <int kTokens>
-void gemv_columns(GemvChunk c, int64_t n0, int64_t columns, float* partial, float* sums, int64_t lds) {
-  constexpr int kRows = kTokens <= kAccumulators / 4 ? 4 : (kTokens <= kAccumulators / 2 ? 2 : 1);
-  constexpr int64_t kPartial = 2 * kTokens * kLanes;  // a row's, with two chains
-  if (c.first && c.last) c.ahead = kRows * c.in_features;
-  int64_t n = 0;
-  for (; n + kRows <= columns; n += kRows) gemv_rows<kTokens, kRows>(c, n0 + n, partial + n * kPartial, sums + n, lds);
-  for (; n < columns; ++n) gemv_rows<kTokens, 1>(c, n0 + n, partial + n * kPartial, sums + n, lds);
-}
-
-template <int kTokens>
-void gemv_dispatch(int64_t tokens, const GemvChunk& c, int64_t n0, int64_t columns, float* partial, float* sums,
-                   int64_t lds) {
+void gemv_dispatch(int64_t tokens, const NF4Weight& w, int64_t in_features, const float* x, int64_t n0, int64_t rows,
+                   const float* scales, bool first, float* sums, int64_t lds) {
   if constexpr (kTokens > 0) {
-    if (tokens == kTokens) return gemv_columns<kTokens>(c, n0, columns, partial, sums, lds);
-    gemv_dispatch<kTokens - 1>(tokens, c, n0, columns, partial, sums, lds);
+    if (tokens != kTokens) {
+      return gemv_dispatch<kTokens - 1>(tokens, w, in_features, x, n0, rows, scales, first, sums, lds);
+    }
+    constexpr int kRows = kAccumulators / kTokens >= 4 ? 4 : (kAccumulators / kTokens >= 2 ? 2 : 1);
+    const int64_t blocks = in_features >> w.blocksize_log2;
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows) {
+      gemv_rows<kTokens, kRows>(w, in_features, x, n0 + r, scales + r * blocks, first, sums + r, lds);
+    }
+    for (; r < rows; ++r) {
+      gemv_rows<kTokens, 1>(w, in_features, x, n0 + r, scales + r * blocks, first, sums + r, lds);
+    }
   }
 }
 
-// Input features that the GEMV takes at a time. One to four tokens stream through all of them; more would be read from
-// the second-level cache once for every two rows, so a chunk of them is kept in the first for all rows of a task.
-inline int64_t gemv_chunk(int64_t tokens, int64_t in_features) {
-  constexpr int64_t kChunk = 1024;  // a power of two, as blocksizes are: either divides the other
-  return tokens <= 4 ? in_features : lesser(in_features, kChunk);
+// sums[m * lds + r] for rows n0 + r and all tokens, in groups of at most kGemvGroup of nearly equal size.
+void gemv_groups(const AdaptedLinear& p, const float* x, int64_t n0, int64_t rows, float* scales, float* sums,
+                 int64_t lds) {
+  const int64_t blocks = p.in_features >> p.nf4.blocksize_log2, groups = ceil_div(p.tokens, kGemvGroup);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t block = (n0 + r) * blocks;
+    load_scales(p.nf4, block, blocks, scales + r * blocks);
+    for (int64_t i = 0; i < blocks; i += kCacheLine / 4) prefetch_scales(p.nf4, block + rows * blocks + i);
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t m0 = p.tokens * group / groups, tokens = p.tokens * (group + 1) / groups - m0;
+    gemv_dispatch<kGemvGroup>(tokens, p.nf4, p.in_features, x + m0 * p.in_features, n0, rows, scales, group == 0,
+                              sums + m0 * lds, lds);
+  }
 }
 
 void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
-  constexpr int64_t kColumns = 16;  // output features that a task owns
+  constexpr int64_t kColumns = 16, kRows = 4;  // output features of a task, and of a pass over x
   const int64_t tokens = p.tokens, in_features = p.in_features, rank = p.lowrank.rank;
-  const int64_t blocksize = int64_t{1} << p.nf4.blocksize_log2, chunk = gemv_chunk(tokens, in_features);
-  Slice caller{caller_scratch(static_cast<size_t>(slice_size(tokens * in_features) + slice_size(2 * in_features)))};
-  float* x = caller.take(tokens * in_features);  // [chunk of K][token][element of the chunk]
-  float* row = caller.take(2 * in_features);     // and the input scale in fp32
+  Slice caller{caller_scratch(static_cast<size_t>(slice_size(tokens * in_features) + 2 * slice_size(in_features)))};
+  float* x = caller.take(tokens * in_features);
+  float* row = caller.take(in_features);
+  const float* input_scale = optional_as_float(p.input_scale, 0, in_features, caller.take(in_features));
   for (int64_t m = 0; m < tokens; ++m) {
     load_row(p.x, m * in_features, in_features, row);
-    if (p.input_scale) {
-      float* scaled = row + in_features;
-      multiply_row(row, as_float(p.input_scale, 0, in_features, scaled), in_features);
-    }
-    for (int64_t k0 = 0; k0 < in_features; k0 += chunk) {
-      const int64_t depth = lesser(chunk, in_features - k0);
-      float* split = x + k0 * tokens + m * depth;
-      for (int64_t k = 0; k < depth; k += 2 * kLanes) {
-        Vec even, odd;
-        load_deinterleaved(row + k0 + k, even, odd);
-        store(split + k, even);
-        store(split + k + kLanes, odd);
-      }
+    if (input_scale != nullptr) multiply_row(row, input_scale, in_features);
+    for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
+      Vec even, odd;
+      load_deinterleaved(row + k, even, odd);
+      store(x + m * in_features + k, even);
+      store(x + m * in_features + k + kLanes, odd);
     }
   }
 
+  const int64_t blocks = in_features >> p.nf4.blocksize_log2;
   parallel(pool, ceil_div(p.out_features, kColumns), [&](int64_t task) {
     const int64_t n0 = task * kColumns, columns = lesser(kColumns, p.out_features - n0);
-    const int64_t scales_size = 4 * ceil_div(chunk, blocksize), partial_size = 2 * tokens * kColumns * kLanes;
-    Slice scratch{
-        task_scratch(static_cast<size_t>(slice_size(scales_size) + slice_size(partial_size) + slice_size(rank)))};
-    float* scales = scratch.take(scales_size);
-    float* partial = scratch.take(partial_size);
+    Slice scratch{task_scratch(static_cast<size_t>(slice_size(kRows * blocks) + slice_size(rank)))};
+    float* scales = scratch.take(kRows * blocks);
     float* b_buffer = scratch.take(rank);
     float sums[kGemvTokens * kColumns], scale_buffer[kColumns], bias_buffer[kColumns];
-    for (int64_t k0 = 0; k0 < in_features; k0 += chunk) {
-      const int64_t depth = lesser(chunk, in_features - k0);
-      const bool last = k0 + depth == in_features;
-      const GemvChunk c{p.nf4,           in_features, k0,   depth,
-                        x + k0 * tokens, k0 == 0,     last, last ? kColumns * in_features - k0 : depth,
-                        scales};
-      gemv_dispatch<kGemvTokens>(tokens, c, n0, columns, partial, sums, kColumns);
+    for (int64_t n = 0; n < columns; n += kRows) {
+      gemv_groups(p, x, n0 + n, lesser(kRows, columns - n), scales, sums + n, kColumns);
     }
     if (rank != 0) {
       for (int64_t i = 0; i < columns; ++i) {
@@ -268,15 +246,18 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
   const int64_t in_features = p.in_features, out_features = p.out_features, rank = p.lowrank.rank;
   const int64_t block = block_columns(out_features, kMostBlockColumns, pool),
                 column_blocks = ceil_div(out_features, block);
-  parallel(pool, ceil_div(p.tokens, kBlockTokens) * column_blocks, [&](int64_t task) {
-    const int64_t m0 = task / column_blocks * kBlockTokens, tokens = lesser(kBlockTokens, p.tokens - m0);
+  const int64_t token_blocks = ceil_div(p.tokens, kBlockTokens);  // of nearly equal height: tasks of equal work
+  parallel(pool, token_blocks * column_blocks, [&](int64_t task) {
+    const int64_t token_block = task / column_blocks, m0 = p.tokens * token_block / token_blocks;
+    const int64_t tokens = p.tokens * (token_block + 1) / token_blocks - m0;
     const int64_t n0 = task % column_blocks * block, columns = lesser(block, out_features - n0);
     const int64_t width = ceil_div(columns, kPanelColumns) * kPanelColumns;
     Slice scratch{task_scratch(static_cast<size_t>(slice_size(tokens * kBlockDepth) + slice_size(kBlockDepth * block) +
-                                                   slice_size(tokens * block)))};
-    float* a = scratch.take(tokens * kBlockDepth);      // [tokens, depth]
-    float* panels = scratch.take(kBlockDepth * block);  // [width / P, depth, P]
-    float* sums = scratch.take(tokens * block);         // [tokens, width]
+                                                   slice_size(tokens * block) + slice_size(block * kScaleBlocks)))};
+    float* a = scratch.take(tokens * kBlockDepth);       // [tokens, depth]
+    float* panels = scratch.take(kBlockDepth * block);   // [width / P, depth, P]
+    float* sums = scratch.take(tokens * block);          // [tokens, width]
+    float* scales = scratch.take(block * kScaleBlocks);  // [columns, kScaleBlocks]
 
     if (p.base) {
       load_block(p.base, out_features, m0, tokens, n0, columns, width, sums);
@@ -284,15 +265,23 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
       fill_zero(sums, tokens * width);
       Unit* units = reinterpret_cast<Unit*>(a);
       Unit* panel = reinterpret_cast<Unit*>(panels);
+      const bool whole_blocks = rows_are_whole_blocks(p.nf4, in_features);
+      int64_t loaded = -1;  // which kScaleBlocks of each row `scales` has
       for (int64_t k0 = 0; k0 < in_features; k0 += kBlockElements<P>) {
         const int64_t depth = lesser(kBlockElements<P>, in_features - k0);
+        if (const int64_t due = (k0 >> p.nf4.blocksize_log2) / kScaleBlocks; whole_blocks && due != loaded) {
+          loaded = due;
+          load_scales_of_rows(p.nf4, in_features, n0, columns, due * kScaleBlocks, block, scales);
+        }
         float scale_buffer[kBlockElements<P>];
         const float* input_scale = optional_as_float(p.input_scale, k0, depth, scale_buffer);
         for (int64_t t = 0; t < tokens; ++t) {
           load_operand<P>(p.x, (m0 + t) * in_features + k0, depth, input_scale, units + t * kBlockDepth);
         }
+        const int64_t ahead = k0 + depth < in_features ? depth : block * in_features - k0;
         for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
-          decode_panel_by_output<P>(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, panel);
+          decode_panel_by_output<P>(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, ahead,
+                                    scales + j * kScaleBlocks, panel);
           multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
         }
       }

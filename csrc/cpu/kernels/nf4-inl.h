@@ -11,6 +11,9 @@ void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
     const int64_t group = (first + i) >> w.nested_blocksize_log2;
     const int64_t end = lesser(((group + 1) << w.nested_blocksize_log2) - first, count);
     const float scale = w.nested_absmax[group];
+    for (; i + kLanes <= end; i += kLanes) {
+      store(dst + i, add(mul(look_up_bytes(w.nested_code, codes + i), broadcast(scale)), broadcast(w.nested_offset)));
+    }
     for (; i < end; ++i)
       dst[i] = w.nested_code[codes[i]] * scale + w.nested_offset;  // -ffp-contract=off: two roundings
   }
@@ -93,39 +96,52 @@ inline void store_word(const Table& code, const Word& words, Vec scale_of_row, t
   put(6, look_up_shifted<28>(code, words), look_up_shifted<24>(code, words));
 }
 
-// A panel of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns, zero from `columns` on.
-// W is transposed while it is packed (an eighth of the data), then looked up with lanes = output features.
+inline constexpr int64_t kScaleBlocks = 16;  // blocks of a row whose scales are kept at hand: a cache line of absmax
+
+// scales[i] = those of the kScaleBlocks blocks from `block` on of row n0 + i. After this row's, the next to be read
+// are those of `next_row` rows further on.
+void load_scales_of_rows(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t block,
+                         int64_t next_row, float* scales) {
+  const int64_t blocks = in_features >> w.blocksize_log2, count = lesser(kScaleBlocks, blocks - block);
+  for (int64_t i = 0; i < rows; ++i, scales += kScaleBlocks) {
+    const int64_t first = (n0 + i) * blocks + block;
+    prefetch_scales(w, block + count < blocks ? first + kScaleBlocks : (n0 + next_row + i) * blocks);
+    load_scales(w, first, count, scales);
+  }
+}
+
+// A panel of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns; what it holds from `columns`
+// on is not defined. W is transposed while it is packed (an eighth of the data), then looked up with lanes = output
+// features. Where rows are whole blocks, scales[i][b % kScaleBlocks] is that of block b of row n0 + i. The panel after
+// this one in the order of k, or of the task's next rows, is `ahead` elements further on.
 template <class P>
 void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t columns, int64_t k0,
-                            int64_t depth, typename P::Unit* panel) {
+                            int64_t depth, int64_t ahead, const float* scales, typename P::Unit* panel) {
   if (rows_are_whole_blocks(w, in_features)) {
-    constexpr int64_t kWord = 8;  // weights
-    const int64_t blocks =
-        ceil_div(depth, int64_t{1} << w.blocksize_log2);  // k0 starts a block, or the block is larger
+    constexpr int64_t kWord = 8;                                                // weights
+    const int64_t blocks = ceil_div(depth, int64_t{1} << w.blocksize_log2);     // k0 starts a block, or they are
+    const int64_t first_block = (k0 >> w.blocksize_log2) & (kScaleBlocks - 1);  // larger
     const Table code = load_table(kNF4Code);
     for (int64_t first = 0; first < kPanelColumns; first += kLanes) {
-      const uint8_t* row[kLanes];
-      float scales[kBlockElements<P> / 32][kLanes] = {};  // [block, row]; 32 is the least blocksize
+      const uint8_t *row[kLanes], *scale_row[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        const bool present = first + i < columns;
-        const int64_t element = (n0 + (present ? first + i : 0)) * in_features + k0;
-        row[i] = w.packed + (element >> 1);
-        const int64_t block = element >> w.blocksize_log2;
-        for (int64_t ahead = 0; ahead < depth / 2; ahead += kCacheLine) {  // due when this depth's panels are done
-          prefetch(row[i] + depth / 2 + ahead);
-        }
-        prefetch_scales(w, block + blocks);
-        if (!present) continue;
-        float of_row[kBlockElements<P> / 32];
-        load_scales(w, block, blocks, of_row);
-        for (int64_t block = 0; block < blocks; ++block) scales[block][i] = of_row[block];
+        const int64_t column = lesser(first + i, columns - 1);
+        row[i] = w.packed + (((n0 + column) * in_features + k0) >> 1);
+        scale_row[i] = reinterpret_cast<const uint8_t*>(scales + column * kScaleBlocks + first_block);
+        for (int64_t line = 0; line < depth / 2; line += kCacheLine) prefetch(row[i] + ahead / 2 + line);
+      }
+      Vec scale_of_rows[kBlockElements<P> / 32];  // [block]; 32 is the least blocksize
+      for (int64_t block = 0; block < blocks; block += kLanes) {
+        const int64_t count = lesser(kLanes, blocks - block);
+        const Words words = load_transposed(scale_row, block * int64_t{sizeof(float)}, count);
+        for (int64_t i = 0; i < count; ++i) scale_of_rows[block + i] = as_floats(words.column[i]);
       }
       typename P::Unit* out = panel + first;
       for (int64_t k = 0; k < depth; k += kLanes * kWord) {
-        const int64_t words = lesser(kLanes, (depth - k) / kWord);
-        const Words w32 = load_transposed(row, k / 2, words);
-        for (int64_t c = 0; c < words; ++c, out += kWord / P::kElements * kPanelColumns) {
-          store_word<P>(code, w32.column[c], load(scales[(k + c * kWord) >> w.blocksize_log2]), out);
+        const int64_t count = lesser(kLanes, (depth - k) / kWord);
+        const Words words = load_transposed(row, k / 2, count);
+        for (int64_t c = 0; c < count; ++c, out += kWord / P::kElements * kPanelColumns) {
+          store_word<P>(code, words.column[c], scale_of_rows[(k + c * kWord) >> w.blocksize_log2], out);
         }
       }
     }
@@ -144,10 +160,11 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
   }
 }
 
-// A panel of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on.
+// A panel of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on. Where rows are
+// whole blocks, scales[n * stride] is row n's.
 template <class P>
 void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
-                           int64_t columns, typename P::Unit* panel) {
+                           int64_t columns, const float* scales, int64_t stride, typename P::Unit* panel) {
   if (rows_are_whole_blocks(w, in_features)) {  // then k0 is a multiple of kPanelColumns: a panel row lies in one block
     constexpr int64_t kAhead = 24;              // rows
     const Table code = load_table(kNF4Code);
@@ -158,13 +175,9 @@ void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, 
           high[i] = low[i] = zero();
           break;
         }
-        const int64_t element = (n0 + n + i) * in_features + k0, block = element >> w.blocksize_log2;
-        const uint8_t* bytes = w.packed + (element >> 1);
+        const uint8_t* bytes = w.packed + (((n0 + n + i) * in_features + k0) >> 1);
         prefetch(bytes + kAhead * (in_features >> 1));
-        prefetch_scales(w, block + kAhead * (in_features >> w.blocksize_log2));
-        float scale_of_block = 0.0f;
-        load_scales(w, block, 1, &scale_of_block);
-        const Table table = scale(code, scale_of_block);
+        const Table table = scale(code, scales[(n + i) * stride]);
         const Bytes b = load_bytes(bytes);
         high[i] = look_up_high(table, b);
         low[i] = look_up_low(table, b);

@@ -14,6 +14,7 @@ inline constexpr const char* kName = "avx2";
 inline constexpr int kLanes = 8;
 inline constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 inline constexpr int kAccumulators = 8;
+inline constexpr int64_t kGemvTokens = 12, kGemvGroup = 6;
 
 using Bf16Pairs = void;  // no bf16 arithmetic
 using Vec = __m256;
@@ -58,6 +59,11 @@ inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
   even = _mm256_shuffle_ps(lo, hi, 0x88);
   odd = _mm256_shuffle_ps(lo, hi, 0xdd);
   // lo, hi hold 128-bit halves (a0 b0), (a1 b1); the shuffles leave the quarters a0 a1 | b0 b1 in order.
+}
+
+inline Vec look_up_bytes(const float* table, const uint8_t* byte) {
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(byte)));
+  return _mm256_i32gather_ps(table, index, sizeof(float));
 }
 
 struct Table {
@@ -110,6 +116,7 @@ inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset
   }
   return w;
 }
+inline Vec as_floats(__m256i words) { return _mm256_castsi256_ps(words); }
 template <int kShift>
 inline Vec look_up_shifted(const Table& t, __m256i words) {
   return look_up(t, _mm256_srli_epi32(words, kShift), _mm256_slli_epi32(words, 28 - kShift));

@@ -20,7 +20,8 @@ namespace {  // internal: avx512_bf16.h has these words too, in an object of oth
 inline constexpr const char* kName = "avx512";
 inline constexpr int kLanes = 16;
 inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
-inline constexpr int kAccumulators = 16;
+inline constexpr int kAccumulators = 24;
+inline constexpr int64_t kGemvTokens = 20, kGemvGroup = 5;
 
 using Bf16Pairs = void;  // avx512_bf16.h has them
 using Vec = __m512;
@@ -58,6 +59,11 @@ inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
   const Vec a = load(p), b = load(p + kLanes);
   even = _mm512_permutex2var_ps(a, pick, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(pick, _mm512_set1_epi32(1)), b);
+}
+
+inline Vec look_up_bytes(const float* table, const uint8_t* byte) {
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(byte)));
+  return _mm512_i32gather_ps(index, table, sizeof(float));
 }
 
 struct Table {
@@ -108,6 +114,7 @@ inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset
   }
   return w;
 }
+inline Vec as_floats(__m512i words) { return _mm512_castsi512_ps(words); }
 template <int kShift>
 inline Vec look_up_shifted(const Table& t, __m512i words) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), t.entry);

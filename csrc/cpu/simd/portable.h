@@ -2,6 +2,7 @@
 // The loops have constant trip counts, so compilers map them to whatever vectors the target has.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "../../common/float_convert.h"
@@ -10,9 +11,11 @@
 namespace peft_kernels::cpu::portable {
 
 inline constexpr const char* kName = "portable";
-inline constexpr int kLanes = 4;         // fp32 values in a Vec
-inline constexpr int kTileRows = 4;      // rows of the micro-kernel's tile; its columns are 2 * kLanes
-inline constexpr int kAccumulators = 8;  // vectors that the look-up GEMV may hold
+inline constexpr int kLanes = 4;            // fp32 values in a Vec
+inline constexpr int kTileRows = 4;         // rows of the micro-kernel's tile; its columns are 2 * kLanes
+inline constexpr int kAccumulators = 8;     // vectors that the look-up GEMV may hold
+inline constexpr int64_t kGemvTokens = 20;  // tokens up to which it is used, forward
+inline constexpr int64_t kGemvGroup = 6;    // tokens that it takes in one pass over a row
 
 using Bf16Pairs = void;  // a set with bf16 arithmetic has a struct here: avx512_bf16.h
 struct Vec {
@@ -40,8 +43,12 @@ inline Vec mul(Vec a, Vec b) {
   PK_EACH_LANE a.lane[i] *= b.lane[i];
   return a;
 }
-inline Vec fmadd(Vec a, Vec b, Vec c) {  // two roundings here: an exact fma without hardware would be a library call
+inline Vec fmadd(Vec a, Vec b, Vec c) {
+#if defined(__FP_FAST_FMAF)  // Arm has it
+  PK_EACH_LANE c.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+#else  // two roundings: without hardware an exact fma is a library call
   PK_EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
+#endif
   return c;
 }
 inline float reduce_add(Vec v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
@@ -71,6 +78,12 @@ inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
 struct Table {
   float entry[16];
 };
+// table[byte[i]], from 256 entries.
+inline Vec look_up_bytes(const float* table, const uint8_t* byte) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = table[byte[i]];
+  return r;
+}
 struct Bytes {
   uint8_t byte[kLanes];
 };
@@ -119,6 +132,12 @@ inline Words load_transposed(const uint8_t* const (&row)[kLanes], int64_t offset
     }
   }
   return w;
+}
+// Words that are fp32 values.
+inline Vec as_floats(const uint32_t (&words)[kLanes]) {
+  Vec r;
+  PK_EACH_LANE r.lane[i] = std::bit_cast<float>(words[i]);
+  return r;
 }
 // Looks up the nibble that starts at bit kShift of each word.
 template <int kShift>

@@ -1,0 +1,86 @@
+"""Suites that ask a question of their own: `sweep` (sweep.py answers it) and `limits` (limits.py does)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .case import BASELINES, NO_DROPOUT, PLAIN_SCALES, Case, Direction
+from .cases_linear import NF4, QLORA
+
+SWEEP_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
+_DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+SWEEP = tuple(
+    NF4(m, 4096, 4096, direction=direction, dtype=dtype, suites=("sweep",))
+    for dtype in ("float32", "bfloat16")
+    for direction in _DIRECTIONS
+    for m in SWEEP_TOKENS
+)
+
+LIMITS_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (K, N)
+LIMITS_THREADS = (1, 2)
+
+Figures = tuple[float | None, float | None]  # at least, reach for; None: there is no such figure
+_NONE: Figures = (None, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem on all shapes, and the figures to reach against every baseline.
+
+    Attributes:
+        title: of the row.
+        problem: the case, with k = n = 0.
+        figures: baseline -> how many times as fast ours is to be; against a variant of ours, which share of
+            its time ours may take more.
+    """
+
+    title: str
+    problem: Case
+    figures: dict[str, Figures]
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The problem on every shape, measured against the baselines that have figures."""
+        shared = replace(self.problem, suites=("limits",), against=tuple(self.figures))
+        return tuple(replace(shared, k=k, n=n) for k, n in LIMITS_SHAPES)
+
+
+def _forward(m: int, figures: dict[str, Figures], dtype: str = "float32") -> Row:
+    shown = {"bitsandbytes-repacked": _NONE}  # other arithmetic: it computes in bfloat16
+    return Row(f"forward {dtype} M={m}", NF4(m, 0, 0, dtype=dtype), figures | shown)
+
+
+def _dx(m: int, figures: Figures) -> Row:
+    return Row(f"dx float32 M={m}", NF4(m, 0, 0, direction="backward"), {"bitsandbytes": figures})
+
+
+def _qlora(m: int, figures: Figures) -> Row:
+    against = {"peft": figures, PLAIN_SCALES: (0.05, 0.02)}
+    return Row(f"QLoRA forward+backward M={m}", QLORA(m, 0, 0, r=16), against)
+
+
+def _dropout(m: int) -> Row:
+    problem = QLORA(m, 0, 0, r=16, dropout=0.05)
+    return Row(f"QLoRA with dropout M={m}", problem, {NO_DROPOUT: (0.03, None)})
+
+
+LIMITS = (
+    _forward(1, {"bitsandbytes": (30, 50), "bitsandbytes-tuned": (15, 25), "dense": (4, 5.5)}),
+    _forward(16, {"bitsandbytes": (8, 10), "dense": (2.3, 3)}),
+    _forward(64, {"bitsandbytes": (3.5, 4.5), "dense": (1.4, 1.8)}),
+    _forward(256, {"bitsandbytes": (1.6, 2), "dense": (1.0, 1.15)}),
+    _forward(1024, {"bitsandbytes": (1.2, 1.4), "dense": (0.97, 1.05)}),
+    _forward(256, {"bitsandbytes": (4, 4.5), "dense": (3.5, 4)}, "bfloat16"),
+    _dx(1, (12, 20)),
+    _dx(64, (3.5, 4.5)),
+    _dx(512, (1.3, 1.5)),
+    _qlora(1, (12, 20)),
+    _qlora(64, (3.5, 5)),
+    _qlora(512, (2, 2.3)),
+    _dropout(1),
+    _dropout(64),
+    _dropout(512),
+)
+LIMITS_BASELINES = tuple(name for name in BASELINES if any(name in row.figures for row in LIMITS))
+CASES = (*SWEEP, *(case for row in LIMITS for case in row.cases))

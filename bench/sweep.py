@@ -1,0 +1,98 @@
+"""Results over M: curves for a plot, and the verdict of the suite `sweep`, that cost grows with M."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .case import OURS, Case
+from .gate import Verdict
+from .report import threads_text
+from .results import Report
+from .stats import Band
+
+# Two M are not measured in the same rounds, and a shared machine changes its speed meanwhile, of which noise
+# bands know nothing. Time per token is flat at large M, where that alone would make it rise.
+JUMP = 0.05
+
+
+@dataclass(frozen=True)
+class Point:
+    """Time of a call for M tokens, and roofline time as a share of it."""
+
+    m: int
+    ms: Band
+    roofline_percent: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One contestant on one problem (a case with m = 0); points in order of M."""
+
+    problem: Case
+    threads: int
+    contestant: str
+    points: tuple[Point, ...]
+
+
+def problem_of(case: Case) -> Case:
+    """What cases that differ in M alone have in common."""
+    return replace(case, m=0, suites=(), against=())
+
+
+def has_curves(cases: Iterable[Case]) -> bool:
+    """Whether some problem is there for two M."""
+    problems = [problem_of(case) for case in set(cases)]
+    return len(set(problems)) < len(problems)
+
+
+def curves(report: Report) -> list[Curve]:
+    """Every contestant of every problem, where it was measured for two M or more."""
+    points: dict[tuple[Case, int, str], list[Point]] = {}
+    for result in report.cases:
+        for contestant in result.contestants:
+            if speed := contestant.measurement:
+                key = (problem_of(result.case), result.threads, contestant.name)
+                points.setdefault(key, []).append(Point(result.case.m, speed.ms, speed.roofline_percent))
+    return [
+        Curve(*key, tuple(sorted(found, key=lambda point: point.m)))
+        for key, found in points.items()
+        if len(found) > 1
+    ]
+
+
+def breaks(points: Sequence[Point]) -> list[str]:
+    """Where cost does not grow with M as it should, a sentence each; `points` in order of M.
+
+    A call must not take longer than one for more tokens, and time per token must not rise by more than `JUMP`
+    from one M to the next; both beyond what the noise bands explain.
+    """
+    sentences = []
+    for i, point in enumerate(points):
+        larger = min(points[i + 1 :], key=lambda other: other.ms.high, default=None)
+        if larger and point.ms.low > larger.ms.high:
+            more = point.ms.median / larger.ms.median - 1
+            sentences.append(f"M={point.m} takes {more:.1%} more time than M={larger.m}")
+    for before, point in itertools.pairwise(points):
+        tokens = point.m / before.m
+        if point.ms.low > (1 + JUMP) * tokens * before.ms.high:
+            more = point.ms.median / (tokens * before.ms.median) - 1
+            sentences.append(f"M={point.m} takes {more:.1%} more time per token than M={before.m}")
+    return sentences
+
+
+def judge_sweep(report: Report) -> list[Verdict]:
+    """Verdicts on ours: every break of the rule, and every M that has no time to judge by."""
+    slow = [
+        Verdict("slow", f"{curve.problem.name}, {threads_text(curve.threads)}: {sentence}")
+        for curve in curves(report)
+        if curve.contestant == OURS
+        for sentence in breaks(curve.points)
+    ]
+    without_time = [
+        Verdict("unjudged", f"{result.name}, {threads_text(result.threads)}: {result.status}")
+        for result in report.cases
+        if result.contestants[0].measurement is None
+    ]
+    return slow + without_time
