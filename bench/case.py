@@ -13,6 +13,7 @@ Direction = Literal["forward", "backward", "both"]
 WeightKind = Literal["none", "dense", "nf4", "nf4_double"]
 
 OURS = "peft_kernels"
+EXACT = "ours-exact"  # ours without rounding activations to int8
 TUNED_SUFFIX = "-tuned"  # "<baseline>-tuned" is that baseline in a process whose allocator keeps freed pages
 BASELINES = (
     "eager",
@@ -23,6 +24,7 @@ BASELINES = (
     "peft",
     "peft" + TUNED_SUFFIX,
     "dense",
+    EXACT,
 )
 GATE_BASELINES = ("eager", "bitsandbytes", "peft")  # what a user has today, at stock settings
 CHECK_SEED = 20240522

@@ -138,7 +138,7 @@ def test_suites_have_unique_names_and_something_to_gate_on(suite):
 def test_selection():
     assert {case.family for case in select("full", ["dropout"])} == {"dropout"}
     assert all("M64-" in case.name for case in select("full", pattern="*M64-*"))
-    with pytest.raises(ValueError, match="family must be one of nf4, linear, dropout, got dora"):
+    with pytest.raises(ValueError, match="family must be one of nf4, linear, int8, dropout, got dora"):
         select("full", ["dora"])
     with pytest.raises(ValueError, match="suite must be one of smoke, quick, full, got all"):
         select("all")

@@ -75,7 +75,7 @@ void store_row(const float* src, int64_t count, MutableArray dst, int64_t offset
 }
 
 // Pairs of bf16 as they are: dst[i] = src[offset + 2 i] | src[offset + 2 i + 1] << 16, a last odd one with 0.
-void copy_bf16_row(Array src, int64_t offset, int64_t count, uint32_t* dst) {
+inline void copy_bf16_row(Array src, int64_t offset, int64_t count, uint32_t* dst) {
   if (count & 1) dst[count / 2] = 0;
   std::memcpy(dst, static_cast<const uint16_t*>(src.data) + offset, static_cast<size_t>(count) * sizeof(uint16_t));
 }
