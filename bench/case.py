@@ -13,11 +13,9 @@ Direction = Literal["forward", "backward", "both"]
 WeightKind = Literal["none", "dense", "nf4", "nf4_double"]
 
 OURS = "peft_kernels"
-NO_DROPOUT, PLAIN_SCALES = (
-    "ours-no-dropout",
-    "ours-plain-scales",
-)  # ours on an easier problem: what a part costs
-OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES)
+NO_DROPOUT, PLAIN_SCALES = "ours-no-dropout", "ours-plain-scales"
+OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES)  # ours on an easier problem: what a part costs
+EXACT = "ours-exact"  # ours without rounding activations to int8
 TUNED_SUFFIX = "-tuned"  # "<baseline>-tuned" is that baseline in a process whose allocator keeps freed pages
 BASELINES = (
     "eager",
@@ -29,6 +27,7 @@ BASELINES = (
     "peft" + TUNED_SUFFIX,
     "dense",
     *OWN_VARIANTS,
+    EXACT,
 )
 GATE_BASELINES = ("eager", "bitsandbytes", "peft")  # what a user has today, at stock settings
 CHECK_SEED = 20240522

@@ -14,7 +14,10 @@ from peft_kernels import __main__ as command
 from peft_kernels import __version__, diagnostics
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
 
-OPS = ("adapted_linear", "adapted_linear_backward", "nf4_dequantize", "nf4_quantize", "philox_dropout")
+OPS = (
+    *("adapted_linear", "adapted_linear_backward"),
+    *("nf4_dequantize", "nf4_linear_int8", "nf4_quantize", "philox_dropout"),
+)
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
 
 
@@ -66,7 +69,8 @@ def test_missing_library_is_explained_with_reason_remedy_and_build_log(
 
 def test_self_test_covers_every_family_in_every_dtype() -> None:
     cases = [result.case for result in diagnostics.self_test()]
-    for op in ("nf4_quantize", "nf4_dequantize", "nf4_linear", "nf4_lora_linear", "philox_dropout"):
+    linear = ("nf4_linear", "nf4_lora_linear", "nf4_linear_int8")
+    for op in ("nf4_quantize", "nf4_dequantize", *linear, "philox_dropout"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert any(case.startswith(f"{op}/") and dtype in case.split("/") for case in cases), (op, dtype)
 
@@ -88,7 +92,7 @@ def test_a_wrong_kernel_fails_the_self_test(
     failed = [result["case"] for result in json.loads(shown)["self-test"] if not result["passed"]]
     assert status == 1
     assert failed
-    assert all(case.startswith("nf4_linear/") for case in failed)
+    assert all(case.startswith(("nf4_linear/", "nf4_linear_int8/")) for case in failed)
 
 
 def test_self_test_leaves_the_random_state_alone() -> None:

@@ -88,6 +88,15 @@ struct AdaptedLinearBackward {
   MutableArray dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias;
 };
 
+// y = x W^T + bias, where x is rounded to int8 first.
+struct NF4LinearInt8 {
+  int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
+  Array x;                                                // [M, K]
+  NF4Weight nf4;                                          // [N, K]
+  Array bias;                                             // [N]
+  MutableArray y;                                         // [M, N]
+};
+
 // One product with a frozen NF4 weight W [N, K]: x W^T, or for the input gradient dz W.
 struct NF4Product {
   bool by_input = false;  // the input gradient
@@ -111,6 +120,7 @@ struct Kernels {
   void (*philox_dropout)(Array x, int64_t count, const Dropout& dropout, MutableArray out, ThreadPool pool);
   void (*adapted_linear)(const AdaptedLinear& problem, ThreadPool pool);
   void (*adapted_linear_backward)(const AdaptedLinearBackward& problem, ThreadPool pool);
+  void (*nf4_linear_int8)(const NF4LinearInt8& problem, ThreadPool pool);
 };
 
 // The table in use: the best that this processor runs, or the one that PEFT_KERNELS_CPU_CAPABILITY names if it is not

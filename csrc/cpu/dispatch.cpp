@@ -19,6 +19,9 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+namespace avx512_vnni {
+extern const Kernels kTable;
+}
 namespace avx512_bf16 {
 extern const Kernels kTable;
 }
@@ -44,7 +47,9 @@ struct Available {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) add(&avx2::kTable);
     if (avx512) add(&avx512::kTable);
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(&avx512_bf16::kTable);
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) add(&avx512_vnni::kTable);
+    if (vnni && __builtin_cpu_supports("avx512bf16")) add(&avx512_bf16::kTable);
 #endif
   }
 };

@@ -204,10 +204,37 @@ def test_compile_fullgraph() -> None:
     torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("double_quant", DOUBLE)
+def test_int8_activations_are_for_eval_mode(double_quant: bool) -> None:
+    layer = NF4Linear(128, 96, double_quant=double_quant, activation="int8")
+    exact = NF4Linear(128, 96, double_quant=double_quant)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 128, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, exact(x))
+    y.sum().backward()
+    assert x.grad is not None
+    layer.eval()
+    with pytest.raises(ValueError, match="x must not require a gradient with activation='int8'"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"bias must not .*; call it under torch\.inference_mode\(\)"):
+        layer(x.detach())
+    rounded = pk.functional.nf4_linear(x.detach(), layer.nf4_weight, layer.bias.detach(), activation="int8")
+    with torch.inference_mode():
+        assert torch.equal(layer(x), rounded)
+        assert torch.equal(copy.deepcopy(layer)(x), rounded)
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), rounded)
+        layer.activation = None
+        assert torch.equal(layer(x), exact(x))
+
+
 def test_repr_and_errors() -> None:
     assert repr(NF4Linear(128, 96, double_quant=True)) == (
         "NF4Linear(in_features=128, out_features=96, bias=True, blocksize=64, double_quant=True)"
     )
+    assert repr(NF4Linear(128, 96, activation="int8")).endswith("double_quant=False, activation='int8')")
+    with pytest.raises(ValueError, match="activation must be None or 'int8', got 'int4'"):
+        NF4Linear(128, 96, activation="int4")
     with pytest.raises(ValueError, match="blocksize must be one of"):
         NF4Linear(128, 96, blocksize=48)
     with pytest.raises(ValueError, match="weight must be float32"):

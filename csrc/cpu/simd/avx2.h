@@ -123,6 +123,7 @@ inline Vec look_up_shifted(const Table& t, __m256i words) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline void multiply(__m256i a, __m256i m, __m256i& low, __m256i& high) {
   const __m256i even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
@@ -170,5 +171,44 @@ inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) {
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane_bit);
   return _mm256_and_ps(mul(v, s), _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)));
 }
+
+struct Int8Products {
+  static constexpr int kTileRows = 4;  // 4 x 2 sums; levels and their magnitudes take four registers more
+  static constexpr int kLevelOffset = 0;
+
+  using Sums = int32_t __attribute__((vector_size(32)));  // GCC copies sums that are a __m256i between registers
+  static Sums broadcast_sum(int32_t s) { return reinterpret_cast<Sums>(_mm256_set1_epi32(s)); }
+  static Sums add(Sums a, Sums b) { return a + b; }
+  static Vec to_float(Sums a) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(a)); }
+
+  using LevelTable = __m256i;  // the sixteen levels in both halves
+  static LevelTable load_table(const int8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  using Bytes = __m256i;
+  static Bytes look_up_odd(LevelTable t, __m256i words) {
+    return _mm256_shuffle_epi8(t, _mm256_and_si256(words, _mm256_set1_epi8(15)));
+  }
+  static Bytes look_up_even(LevelTable t, __m256i words) { return look_up_odd(t, _mm256_srli_epi32(words, 4)); }
+  static void store_bytes(int8_t* p, Bytes levels) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), levels); }
+
+  // vpmaddubsw takes one factor without a sign: it gets the level's magnitude, and the value the level's sign. Its
+  // 16-bit sums of two products do not saturate: 2 * 127 * 127 < 2^15.
+  struct Levels {
+    __m256i level, magnitude;
+  };
+  static Levels levels(Bytes level) { return {level, _mm256_abs_epi8(level)}; }
+  static Levels load_levels(const int8_t* p) { return levels(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  using Values = __m256i;
+  static Values broadcast_values(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+  static Sums multiply_add(const Levels& levels, Values values, Sums sums) {
+    const __m256i pairs = _mm256_maddubs_epi16(levels.magnitude, _mm256_sign_epi8(values, levels.level));
+    return sums + reinterpret_cast<Sums>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
 
 }  // namespace peft_kernels::cpu::avx2

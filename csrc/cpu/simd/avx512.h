@@ -121,6 +121,7 @@ inline Vec look_up_shifted(const Table& t, __m512i words) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Low and high halves of the 32 x 32 bit products, lane by lane.
 inline void multiply(__m512i a, __m512i m, __m512i& low, __m512i& high) {
@@ -155,6 +156,46 @@ inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
          _pdep_u64(_mm512_cmpge_epu32_mask(c3, t), kEveryFourth << 3);
 }
 inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) { return _mm512_maskz_mul_ps(static_cast<__mmask16>(bits), v, s); }
+
+struct Int8Products {
+  static constexpr int kTileRows = 12;  // 12 x 2 sums of 32 registers
+  static constexpr int kLevelOffset = 0;
+
+  using Sums = int32_t __attribute__((vector_size(64)));  // GCC copies sums that are a __m512i between registers
+  static Sums broadcast_sum(int32_t s) { return reinterpret_cast<Sums>(_mm512_set1_epi32(s)); }
+  static Sums add(Sums a, Sums b) { return a + b; }
+  static Vec to_float(Sums a) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(a)); }
+
+  using LevelTable = __m512i;  // the sixteen levels in each quarter
+  static LevelTable load_table(const int8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  using Bytes = __m512i;
+  static Bytes look_up_odd(LevelTable t, __m512i words) {
+    return _mm512_shuffle_epi8(t, _mm512_and_si512(words, _mm512_set1_epi8(15)));
+  }
+  static Bytes look_up_even(LevelTable t, __m512i words) { return look_up_odd(t, _mm512_srli_epi32(words, 4)); }
+  static void store_bytes(int8_t* p, Bytes levels) { _mm512_storeu_si512(p, levels); }
+
+  // As in avx2.h, but that a mask gives values the sign of levels.
+  struct Levels {
+    __m512i magnitude;
+    __mmask64 negative;
+  };
+  static Levels levels(Bytes level) { return {_mm512_abs_epi8(level), _mm512_movepi8_mask(level)}; }
+  static Levels load_levels(const int8_t* p) { return levels(_mm512_loadu_si512(p)); }
+  using Values = __m512i;
+  static Values broadcast_values(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+  static Sums multiply_add(const Levels& levels, Values values, Sums sums) {
+    const __m512i with_sign = _mm512_mask_sub_epi8(values, levels.negative, _mm512_setzero_si512(), values);
+    const __m512i pairs = _mm512_maddubs_epi16(levels.magnitude, with_sign);
+    return sums + reinterpret_cast<Sums>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+};
 
 }  // namespace
 }  // namespace peft_kernels::cpu::avx512

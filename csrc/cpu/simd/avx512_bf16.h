@@ -1,11 +1,13 @@
-// AVX-512 with AVX512_BF16: avx512.h's words, and products of bf16 pairs (twice the fp32 rate).
+// AVX-512 with AVX512_BF16: avx512.h's words, VNNI's int8 products, and products of bf16 pairs (twice the fp32 rate).
 #pragma once
 
-#include "avx512.h"
+#include "avx512_vnni.h"
 
 namespace peft_kernels::cpu::avx512_bf16 {
 using namespace avx512;
 namespace {
+
+using Int8Products = avx512_vnni::VnniProducts;
 
 inline constexpr const char* kName = "avx512_bf16";
 

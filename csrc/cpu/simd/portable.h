@@ -148,6 +148,7 @@ inline Vec look_up_shifted(const Table& t, const uint32_t (&words)[kLanes]) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}  // into the second-level cache
 
 // Bit j is set iff dropout keeps element 4 * group + j, for 64 elements (16 counters).
 inline uint64_t philox_keep(uint64_t group, uint64_t seed, uint32_t threshold) {
@@ -165,6 +166,84 @@ inline Vec keep_scaled(uint64_t bits, Vec v, Vec s) {
   PK_EACH_LANE v.lane[i] = (bits >> i & 1) ? v.lane[i] * s.lane[i] : 0.0f;
   return v;
 }
+
+// The operands of int8 products: levels of a weight, and values of a token that were rounded to int8. Four products go
+// into each lane's 32-bit sum, which is exact: every instruction set has the same ones.
+struct Int8Products {
+  static constexpr int kTileRows = 4;     // tokens of the micro-kernel's tile; its columns are 2 * kLanes
+  static constexpr int kLevelOffset = 0;  // what levels are stored with, where they are multiplied as unsigned bytes
+
+  struct Sums {
+    int32_t lane[kLanes];
+  };
+  static Sums broadcast_sum(int32_t s) {
+    Sums r;
+    PK_EACH_LANE r.lane[i] = s;
+    return r;
+  }
+  static Sums add(Sums a, Sums b) {
+    PK_EACH_LANE a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Vec to_float(Sums a) {
+    Vec r;
+    PK_EACH_LANE r.lane[i] = static_cast<float>(a.lane[i]);
+    return r;
+  }
+
+  // Sixteen levels, looked up by the nibbles of kLanes words: first the four high ones of each word (its even weights),
+  // then the four low ones; kLanes * 4 bytes each.
+  struct LevelTable {
+    int8_t entry[16];
+  };
+  static LevelTable load_table(const int8_t* p) {
+    LevelTable t;
+    for (int i = 0; i < 16; ++i) t.entry[i] = p[i];
+    return t;
+  }
+  struct Bytes {
+    int8_t byte[kLanes][4];
+  };
+  static Bytes look_up_odd(const LevelTable& t, const uint32_t (&words)[kLanes]) {
+    Bytes r;
+    PK_EACH_LANE {
+      for (int j = 0; j < 4; ++j) r.byte[i][j] = t.entry[words[i] >> (8 * j) & 15];
+    }
+    return r;
+  }
+  static Bytes look_up_even(const LevelTable& t, const uint32_t (&words)[kLanes]) {
+    Bytes r;
+    PK_EACH_LANE {
+      for (int j = 0; j < 4; ++j) r.byte[i][j] = t.entry[words[i] >> (8 * j + 4) & 15];
+    }
+    return r;
+  }
+  static void store_bytes(int8_t* p, const Bytes& levels) {
+    PK_EACH_LANE {
+      for (int j = 0; j < 4; ++j) p[4 * i + j] = levels.byte[i][j];
+    }
+  }
+
+  using Levels = Bytes;
+  static Levels levels(const Bytes& levels) { return levels; }
+  static Levels load_levels(const int8_t* p) {
+    Levels r;
+    PK_EACH_LANE {
+      for (int j = 0; j < 4; ++j) r.byte[i][j] = p[4 * i + j];
+    }
+    return r;
+  }
+  struct Values {
+    int8_t byte[4];
+  };
+  static Values broadcast_values(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static Sums multiply_add(const Levels& levels, Values values, Sums sums) {
+    PK_EACH_LANE {
+      for (int j = 0; j < 4; ++j) sums.lane[i] += levels.byte[i][j] * values.byte[j];
+    }
+    return sums;
+  }
+};
 #undef PK_EACH_LANE
 
 }  // namespace peft_kernels::cpu::portable

@@ -9,12 +9,19 @@ from peft_kernels.ops.dropout.reference import dropped
 from peft_kernels.ops.linear.schema import (
     BackwardArgs,
     ForwardArgs,
+    Int8Args,
     accumulate_dtype,
     base_weight,
     check_adapted_linear,
     check_adapted_linear_backward,
+    check_nf4_linear_int8,
 )
-from peft_kernels.ops.nf4.reference import nf4_dequantize
+from peft_kernels.ops.nf4.reference import dequantize_absmax, nf4_code, nf4_dequantize, unpack
+
+INT8_GROUP = 64  # inputs of a token that share a scale
+INT8_MOST_VALUE = 127.0
+INT8_LEVEL_SCALE = 124.0  # of the integers up to 127, the one whose rounding errs least on normal weights
+_INT8_LEAST = 2.0**-120  # a group of smaller magnitudes counts as zeros: 127 / magnitude could overflow
 
 
 @reference_kernel("adapted_linear")
@@ -108,3 +115,59 @@ def _dense(a: ForwardArgs) -> torch.Tensor:
 def _drop(x: torch.Tensor, a: ForwardArgs) -> torch.Tensor:
     """D(x), and equally D' applied to a gradient [M, K]."""
     return x if a.seed is None or a.dropout_p == 0.0 else dropped(x, a.dropout_p, a.seed)
+
+
+@reference_kernel("nf4_linear_int8")
+def nf4_linear_int8(*args: Any) -> torch.Tensor:
+    """y = x W^T + bias with x rounded to int8, by groups of 64 inputs of a token, and the NF4 code to levels.
+
+        value = rint(x * 127 / largest magnitude of the group)      level = rint(124 * code)
+        y = sum over groups, over blocks of W in a group: (sum of value * level) * scale * absmax
+        scale = largest magnitude / (127 * 124)
+
+    The inner sums are integers, exact in fp32 too; the others run in this order, in fp32. So the native
+    kernels give the same bits.
+
+    Args:
+        *args: `Int8Args`.
+
+    Returns:
+        y [M, N] rounded once to the dtype of x; NaN for a token that is not finite.
+    """
+    a = Int8Args(*args)
+    check_nf4_linear_int8(a)
+    (m, k), n = a.x.shape, a.out_features
+    values, scale = round_activations(a.x)
+    base = base_weight(a)
+    levels = torch.round(INT8_LEVEL_SCALE * nf4_code(a.x.device))[unpack(a.weight, n * k)].reshape(n, k)
+    absmax = dequantize_absmax(base)
+    block = (torch.arange(n * k, device=a.x.device) // a.blocksize).reshape(n, k)
+    y = scale.new_zeros(m, n)
+    for group in range(scale.shape[1]):
+        columns = slice(group * INT8_GROUP, (group + 1) * INT8_GROUP)
+        first, last = block[:, columns][:, :1], block[:, columns][:, -1:]
+        for part in range(int((last - first).max()) + 1):  # not every row need have so many blocks in a group
+            inside = block[:, columns] == first + part
+            products = values[:, columns] @ (levels[:, columns] * inside).t()
+            absmax_of_part = absmax[torch.minimum(first + part, last)].t()  # [1, N]
+            term = products * scale[:, group, None] * absmax_of_part
+            y = y + term.where(inside.any(dim=1), 0.0)
+    y = y if a.bias is None else y + a.bias
+    return y.to(a.x.dtype)
+
+
+def round_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `nf4_linear_int8` makes of x [M, K].
+
+    Returns:
+        Integer values from -127 to 127, fp32 [M, K], and the scales, fp32 [M, ceil(K/64)]; NaN where a group
+        has an input that is not finite.
+    """
+    k = x.shape[1]
+    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -k % INT8_GROUP))
+    groups = padded.view(len(x), padded.shape[1] // INT8_GROUP, INT8_GROUP)
+    largest = groups.abs().amax(dim=2)
+    factor = (torch.full_like(largest, INT8_MOST_VALUE) / largest).where(largest >= _INT8_LEAST, 0.0)
+    values = torch.round(groups * factor[:, :, None]).flatten(1)[:, :k]
+    scale = largest / (INT8_MOST_VALUE * INT8_LEVEL_SCALE)
+    return values, scale.where(largest.isfinite(), torch.nan)

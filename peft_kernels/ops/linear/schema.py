@@ -14,7 +14,7 @@ from peft_kernels.core.checks import (
     check_tensor,
 )
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES, check_seed
-from peft_kernels.ops.nf4.schema import BaseWeight, check_nf4_format
+from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_format
 
 _BASE = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
@@ -34,6 +34,10 @@ define_op(
     "bool need_x, bool need_lora_a, bool need_lora_b, bool need_column_scale, bool need_input_scale, "
     "bool need_bias) -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dcolumn_scale, "
     "Tensor dinput_scale, Tensor dbias)",
+)
+define_op(
+    "nf4_linear_int8",
+    f"(Tensor x, {_BASE.replace('? absmax', ' absmax')}, SymInt out_features, Tensor? bias) -> Tensor",
 )
 
 
@@ -59,7 +63,7 @@ class ForwardArgs(NamedTuple):
     seed: torch.Tensor | None  # int64 0-dim
 
 
-def base_weight(args: ForwardArgs) -> BaseWeight:
+def base_weight(args: "ForwardArgs | Int8Args") -> BaseWeight:
     """The frozen weight's part of the arguments (torch 2.10 cannot trace a NamedTuple's property)."""
     return BaseWeight(*args[1:8])
 
@@ -100,6 +104,21 @@ class BackwardArgs(NamedTuple):
     def forward(self) -> ForwardArgs:
         """What the forward op was called with; the bias plays no part in any gradient."""
         return ForwardArgs(*self[1:9], self.grad.shape[1], *self[9:14], None, *self[14:16])
+
+
+class Int8Args(NamedTuple):
+    """Arguments of `nf4_linear_int8` in the order of its schema. Forward only: it has no gradient."""
+
+    x: torch.Tensor  # [M, K], float32, bfloat16 or float16
+    weight: torch.Tensor  # NF4 bytes, and what belongs to them: see NF4Weight
+    absmax: torch.Tensor | None  # the schema has no None
+    nested_absmax: torch.Tensor | None
+    nested_code: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    nested_blocksize: int
+    blocksize: int
+    out_features: int  # N
+    bias: torch.Tensor | None  # [N], float32 or the dtype of x
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,6 +179,25 @@ def check_adapted_linear_backward(args: BackwardArgs) -> None:
         check_dtype("z", args.z, (x.dtype,))
 
 
+def check_activation(activation: str | None) -> None:
+    """Require a way to take x that the op for NF4 weights knows."""
+    if activation not in (None, "int8"):
+        raise ValueError(f"activation must be None or 'int8', got {activation!r}")
+
+
+def check_nf4_linear_int8(args: Int8Args) -> None:
+    """Argument contract of `nf4_linear_int8`."""
+    x, n = args.x, args.out_features
+    check_dtype("x", x, WEIGHT_DTYPES, "convert it, or pass activation=None")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [M, K], got {list(x.shape)}; flatten the leading dimensions")
+    if n < 1 or x.shape[1] < 1:
+        raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {x.shape[1]}]")
+    check_device("weight", args.weight, "x", x)
+    check_nf4_format(base_weight(args), (n, x.shape[1]))
+    _check_vector("bias", args.bias, "[N]", n, x)
+
+
 def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, n: int) -> None:
     if lora_a is None or lora_b is None:
         if lora_a is not lora_b:
@@ -216,3 +254,10 @@ def _(*args: Any) -> tuple[torch.Tensor, ...]:
         gradient(a.need_input_scale, a.input_scale),
         a.grad.new_empty([a.grad.shape[1]] if a.need_bias else [0]),
     )
+
+
+@fake_kernel("nf4_linear_int8")
+def _(*args: Any) -> torch.Tensor:
+    a = Int8Args(*args)
+    check_nf4_linear_int8(a)
+    return a.x.new_empty([a.x.shape[0], a.out_features])

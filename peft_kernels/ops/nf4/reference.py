@@ -81,10 +81,14 @@ def nf4_dequantize(*args: Any) -> torch.Tensor:
     base, shape, dtype = BaseWeight(*args[:7]), args[7], args[8]
     check_nf4_dequantize(base, shape, dtype)
     n = math.prod(shape)
-    index = torch.stack([base.weight >> 4, base.weight & 15], dim=1).reshape(-1)[:n]  # high nibble first
-    values = nf4_code(base.weight.device)[index.to(torch.int64)]
+    values = nf4_code(base.weight.device)[unpack(base.weight, n)]
     absmax = dequantize_absmax(base).repeat_interleave(base.blocksize)[:n]
     return (values * absmax).to(dtype).reshape(tuple(shape))
+
+
+def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The indices of n elements into the code, int64 [n]."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n].to(torch.int64)  # high nibble first
 
 
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
