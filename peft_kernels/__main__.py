@@ -26,8 +26,9 @@ def main() -> int:
         console = Console()
         console.print(diagnostics.inventory_view(diagnostics.inventory()))  # at once: the self-test may crash
         results = diagnostics.self_test()
-        console.print(diagnostics.self_test_view(results))
-    return 0 if all(result.passed for result in results) else 1
+        if results:
+            console.print(diagnostics.self_test_view(results))
+    return 0 if results and all(result.passed for result in results) else 1
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def hardware() -> Section:
     return {
         "processor": f"{_processor()}, {os.cpu_count()} logical cores",
         "instruction sets found": ", ".join(native.capabilities_found) or "unknown (no native library)",
-        "instruction set used": native.capability or "none (no native library)",
+        "instruction set used": native.capability or "none (see native library)",
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "CUDA in torch": cuda_build,
@@ -81,6 +81,14 @@ def hardware() -> Section:
 def native() -> Section:
     """The native library: where it was loaded from, or why not and what to do about it."""
     record = native_library()
+    if record.loaded and record.capability is None:
+        return {
+            "loaded from": str(record.path),
+            "NOT USABLE": f"PEFT_KERNELS_CPU_CAPABILITY={os.environ['PEFT_KERNELS_CPU_CAPABILITY']} names no "
+            f"instruction set of this machine ({', '.join(record.capabilities_found)})",
+            "consequence": "every call of a native kernel fails; there was no self-test",
+            "remedy": "unset PEFT_KERNELS_CPU_CAPABILITY",
+        }
     if record.loaded:
         return {"loaded from": str(record.path)}
     section = {
@@ -115,7 +123,12 @@ def inventory() -> dict[str, Section]:
 
 
 def self_test() -> list[SelfTestResult]:
-    """Run the benchmarks' smoke suite, which has every op, in each dtype, and check every element."""
+    """Run the benchmarks' smoke suite, which has every op, in each dtype, and check every element.
+
+    Nothing is run, and nothing returned, where every native kernel would refuse to (see `native`).
+    """
+    if native_library().loaded and native_library().capability is None:
+        return []
     dtypes = ("float32", "bfloat16", "float16")
     with torch.random.fork_rng(devices=[]):
         return [_check(replace(case, dtype=dtype)) for case in registry.select("smoke") for dtype in dtypes]

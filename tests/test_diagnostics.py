@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,12 @@ def test_self_test_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     diagnostics.self_test()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unknown_instruction_set_is_said_and_nothing_crashes() -> None:
+    environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": "sse", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "peft_kernels"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "PEFT_KERNELS_CPU_CAPABILITY=sse names no instruction set" in result.stdout
+    assert "Traceback" not in result.stderr

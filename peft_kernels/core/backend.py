@@ -121,7 +121,7 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{op_name}", "CPU")
     if _forced_backend.get() == "reference" or not (on_cpu and native.loaded and has_kernel):
         return "reference"
-    return f"cpu (C++ {native.capability})"
+    return f"cpu (C++ {native.capability or 'unusable'})"
 
 
 def _overloads(op_name: str) -> tuple[str, str]:

@@ -163,21 +163,3 @@ def test_inputs_are_not_changed(backend: str, weight: str) -> None:
     before = [t.clone() for t in inputs]
     problem.run_with_gradients()
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("weight", ["nf4", "nf4_double"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_thread_count_gives_the_same_bits(threads: int, weight: str, dtype: torch.dtype) -> None:
-    """On the native backend; the reference, and dense weights, go through torch's GEMM."""
-    if pk.core.backend.backend_of("adapted_linear", "cpu") == "reference":
-        pytest.skip("native library not loaded")
-    for m in (1, 33, 200):
-        problem = make_problem(m, 700, 1100, r=8, weight=weight, dtype=dtype, dropout_p=0.2)
-        torch.set_num_threads(1)
-        y, grads = problem.run_with_gradients()
-        torch.set_num_threads(threads)
-        y_many, grads_many = problem.run_with_gradients()
-        assert torch.equal(y, y_many)
-        for name, grad in grads.items():
-            assert torch.equal(grad, grads_many[name]), name
