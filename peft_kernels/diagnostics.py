@@ -82,10 +82,11 @@ def native() -> Section:
     """The native library: where it was loaded from, or why not and what to do about it."""
     record = native_library()
     if record.loaded and record.capability is None:
+        name = os.environ.get("PEFT_KERNELS_CPU_CAPABILITY")
         return {
             "loaded from": str(record.path),
-            "NOT USABLE": f"PEFT_KERNELS_CPU_CAPABILITY={os.environ['PEFT_KERNELS_CPU_CAPABILITY']} names no "
-            f"instruction set of this machine ({', '.join(record.capabilities_found)})",
+            "NOT USABLE": f"PEFT_KERNELS_CPU_CAPABILITY={name} names "
+            f"no instruction set of this machine ({', '.join(record.capabilities_found)})",
             "consequence": "every call of a native kernel fails; there was no self-test",
             "remedy": "unset PEFT_KERNELS_CPU_CAPABILITY",
         }

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class Regime:
     def __str__(self) -> str:
         if self.last is None:
             return self.method if self.first == 1 else f"{self.method} for M >= {self.first}"
-        return f"{self.method} for M = {self.first} to {self.last}"
+        tokens = f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
+        return f"{self.method} for M = {tokens}"
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,18 @@ def method(product: Product, tokens: int, *, backward: bool = False, scaled: boo
     blocksize_log2, dtype = product.blocksize.bit_length() - 1, NATIVE_DTYPES.index(product.dtype)
     name: bytes | None = _native_plan()(backward, tokens, product.in_features, blocksize_log2, dtype, scaled)
     if name is None:
-        raise RuntimeError("PEFT_KERNELS_CPU_CAPABILITY names an instruction set that this machine lacks")
+        raise RuntimeError(
+            "PEFT_KERNELS_CPU_CAPABILITY must be one of "
+            f"{', '.join(native_library().capabilities_found)} on this machine, got "
+            f"{os.environ.get('PEFT_KERNELS_CPU_CAPABILITY')}; unset it to use the best"
+        )
     return name.decode()
 
 
 def plans(product: Product) -> dict[str, Plan]:
     """The methods for every number of tokens, by direction; none where the reference computes the product."""
     native = backend_of("adapted_linear", product.device).startswith("cpu")
-    if not native or product.dtype not in NATIVE_DTYPES:
+    if not native or native_library().capability is None or product.dtype not in NATIVE_DTYPES:
         return {}
     return {"forward": _plan(product, backward=False), "input gradient": _plan(product, backward=True)}
 

@@ -128,7 +128,7 @@ void gemv_by_input(const GemvRows& c, int64_t k) {
   }
   for (int64_t r = 0; r < c.rows; ++r) {
     const uint8_t* bytes = c.w.packed + (((c.n0 + r) * c.in_features + k) >> 1);
-    if (k / 2 % kCacheLine == 0) prefetch(bytes + (c.rows * c.in_features >> 1));
+    if ((k - (c.first_block << log2)) / 2 % kCacheLine == 0) prefetch(bytes + (c.rows * c.in_features >> 1));
     int64_t block = -1;
     Table table = code;
     for (int i = 0; i < kPanels; ++i) {
@@ -228,7 +228,7 @@ void multiply_by_input(const AdaptedLinearBackward& p, int64_t m0, int64_t token
     if (rows_are_whole_blocks(p.nf4, p.in_features)) {
       for (int64_t n = 0; n < depth; ++n) {
         const int64_t block = ((n0 + n) * p.in_features >> log2) + first_block;
-        prefetch_scales(p.nf4, block + (p.in_features >> log2) * kBlockDepth);
+        prefetch_scales(p.nf4, block + (p.in_features >> log2) * kBlockElements<P>);
         load_scales(p.nf4, block, blocks, scales + n * blocks);
       }
     }

@@ -104,7 +104,7 @@ void gemv_rows(const NF4Weight& w, int64_t in_features, const float* x, int64_t 
   // Two accumulators where few would leave the FMA units waiting for each other.
   constexpr int kChains = kTokens <= 2 && kTokens * kRows * 2 <= kAccumulators ? 2 : 1;
   const int64_t blocksize = int64_t{1} << w.blocksize_log2, blocks = in_features >> w.blocksize_log2;
-  const int64_t ahead = first ? kRows * (in_features >> 1) : 0;
+  const int64_t ahead = first ? kRows * (in_features >> 1) : 0;  // bytes
   const Table code = load_table(kNF4Code);
   const uint8_t* row[kRows];
   Vec acc[kRows][kTokens][kChains];
@@ -118,7 +118,7 @@ void gemv_rows(const NF4Weight& w, int64_t in_features, const float* x, int64_t 
     Table table[kRows];
     for (int r = 0; r < kRows; ++r) {
       table[r] = scale(code, scales[r * blocks + block]);
-      prefetch(row[r] + block * blocksize / 2 + ahead);
+      prefetch(row[r] + block * blocksize / 2 + ahead);  // all there is up to blocksize 128; a loop costs more
     }
     for (int64_t k = block * blocksize; k < (block + 1) * blocksize; k += 2 * kLanes) {
       for (int r = 0; r < kRows; ++r) {
@@ -162,11 +162,9 @@ void gemv_dispatch(int64_t tokens, const NF4Weight& w, int64_t in_features, cons
 void gemv_groups(const AdaptedLinear& p, const float* x, int64_t n0, int64_t rows, float* scales, float* sums,
                  int64_t lds) {
   const int64_t blocks = p.in_features >> p.nf4.blocksize_log2, groups = ceil_div(p.tokens, kGemvGroup);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t block = (n0 + r) * blocks;
-    load_scales(p.nf4, block, blocks, scales + r * blocks);
-    for (int64_t i = 0; i < blocks; i += kCacheLine / 4) prefetch_scales(p.nf4, block + rows * blocks + i);
-  }
+  load_scales(p.nf4, n0 * blocks, rows * blocks, scales);
+  const int64_t scales_a_line = kCacheLine / (p.nf4.absmax != nullptr ? 4 : 1);
+  for (int64_t i = 0; i < rows * blocks; i += scales_a_line) prefetch_scales(p.nf4, (n0 + rows) * blocks + i);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t m0 = p.tokens * group / groups, tokens = p.tokens * (group + 1) / groups - m0;
     gemv_dispatch<kGemvGroup>(tokens, p.nf4, p.in_features, x + m0 * p.in_features, n0, rows, scales, group == 0,
@@ -228,7 +226,7 @@ inline int64_t block_columns(int64_t features, int64_t most, ThreadPool pool) {
   return lesser(share, most);
 }
 
-// Rows of x times the input scale, where there is one, as units of P.
+// A row of x or of the gradient as units of P; times `factor` where there is one (plan has none for bf16 panels).
 template <class P>
 void load_operand(Array src, int64_t offset, int64_t count, const float* factor, typename P::Unit* dst) {
   if constexpr (P::kElements == 2) {

@@ -353,7 +353,7 @@ void nf4_linear_int8(const NF4LinearInt8& p, ThreadPool pool) {
   const int64_t parts = !ragged ? 1 : (blocksize < kGroup ? kMostParts : 2);
 
   const int64_t blocks = ceil_div(p.in_features, kBlockDepth);
-  const int64_t chunk = lesser(p.tokens, greater(kChunkBytes / p.in_features, Int8Products::kTileRows));
+  const int64_t chunk = lesser(p.tokens, greater(kChunkBytes / (blocks * kBlockDepth), Int8Products::kTileRows));
   const int64_t values_size = blocks * chunk * kBlockDepth / 4, scales_size = blocks * chunk * kBlockDepth / segment;
   Slice caller{caller_scratch(static_cast<size_t>(slice_size(values_size) + 2 * slice_size(scales_size)))};
   RoundedTokens x{chunk,

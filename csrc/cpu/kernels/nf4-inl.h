@@ -11,8 +11,10 @@ void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
     const int64_t group = (first + i) >> w.nested_blocksize_log2;
     const int64_t end = lesser(((group + 1) << w.nested_blocksize_log2) - first, count);
     const float scale = w.nested_absmax[group];
-    for (; i + kLanes <= end; i += kLanes) {
-      store(dst + i, add(mul(look_up_bytes(w.nested_code, codes + i), broadcast(scale)), broadcast(w.nested_offset)));
+    if (end - i >= kLanes) {
+      const ByteTable table = load_byte_table(w.nested_code);
+      const Vec factor = broadcast(scale), offset = broadcast(w.nested_offset);
+      for (; i + kLanes <= end; i += kLanes) store(dst + i, add(mul(look_up_bytes(table, codes + i), factor), offset));
     }
     for (; i < end; ++i)
       dst[i] = w.nested_code[codes[i]] * scale + w.nested_offset;  // -ffp-contract=off: two roundings
@@ -147,7 +149,7 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
     }
     return;
   }
-  if constexpr (P::kElements == 1) {  // plan.h: only fp32 products take rows that are not whole blocks
+  if constexpr (P::kElements == 1) {  // plan-inl.h: only fp32 products take rows that are not whole blocks
     float row[kBlockDepth];
     for (int64_t i = 0; i < kPanelColumns; ++i) {
       if (i < columns) {
@@ -161,7 +163,7 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
 }
 
 // A panel of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on. Where rows are
-// whole blocks, scales[n * stride] is row n's.
+// whole blocks, `columns` are always all, and scales[n * stride] is row n's.
 template <class P>
 void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
                            int64_t columns, const float* scales, int64_t stride, typename P::Unit* panel) {

@@ -61,9 +61,13 @@ inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
   // lo, hi hold 128-bit halves (a0 b0), (a1 b1); the shuffles leave the quarters a0 a1 | b0 b1 in order.
 }
 
-inline Vec look_up_bytes(const float* table, const uint8_t* byte) {
+struct ByteTable {
+  const float* entry;
+};
+inline ByteTable load_byte_table(const float* p) { return {p}; }
+inline Vec look_up_bytes(const ByteTable& t, const uint8_t* byte) {
   const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(byte)));
-  return _mm256_i32gather_ps(table, index, sizeof(float));
+  return _mm256_i32gather_ps(t.entry, index, sizeof(float));
 }
 
 struct Table {

@@ -11,7 +11,7 @@ using Int8Products = avx512_vnni::VnniProducts;
 
 inline constexpr const char* kName = "avx512_bf16";
 
-// The micro-kernel's operands as bf16 pairs (tile-inl.h says what each member means). Subnormals count as zero.
+// The micro-kernel's operands as bf16 pairs (Fp32 in nf4-inl.h says what each member means). Subnormals count as zero.
 struct Bf16Pairs {
   using Unit = uint32_t;  // the earlier element in the low half
   using Units = __m512i;

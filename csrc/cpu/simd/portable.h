@@ -1,4 +1,4 @@
-// Four lanes in plain C++: the meaning of every operation of the other two headers, and the build for any processor.
+// Four lanes in plain C++: the meaning of every operation of the other headers, and the build for any processor.
 // The loops have constant trip counts, so compilers map them to whatever vectors the target has.
 #pragma once
 
@@ -78,10 +78,14 @@ inline void load_deinterleaved(const float* p, Vec& even, Vec& odd) {
 struct Table {
   float entry[16];
 };
-// table[byte[i]], from 256 entries.
-inline Vec look_up_bytes(const float* table, const uint8_t* byte) {
+// 256 fp32 entries that are looked up by whole bytes.
+struct ByteTable {
+  const float* entry;
+};
+inline ByteTable load_byte_table(const float* p) { return {p}; }
+inline Vec look_up_bytes(const ByteTable& t, const uint8_t* byte) {
   Vec r;
-  PK_EACH_LANE r.lane[i] = table[byte[i]];
+  PK_EACH_LANE r.lane[i] = t.entry[byte[i]];
   return r;
 }
 struct Bytes {
