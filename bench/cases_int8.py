@@ -17,6 +17,7 @@ from peft_kernels.ops.nf4.reference import NF4_CODE
 
 from . import baselines
 from .case import EXACT, OURS, Case, Family, Oracle, Prepared, Program, differentiated
+from .cases_linear import weight_roundoffs
 from .cases_nf4 import BLOCKSIZE, quantized_bytes, quantized_weight
 from .machine import weight_copies
 from .oracle import LinearTerms, linear_oracle
@@ -58,13 +59,15 @@ def prepare(case: Case) -> Prepared:
 
     @functools.cache
     def exact() -> Oracle:
-        return linear_oracle(case, terms, None)
+        return linear_oracle(case, terms, None, weight_roundoffs(case))
 
     def oracle(contestant: str) -> Oracle | None:
         if contestant != OURS:
             return exact()
-        tolerance = exact().tolerances["y"] + _rounding(terms, baselines.eager_absmax(*operands[2:]))
-        return Oracle(exact().values, {"y": tolerance})
+        expected = linear_oracle(case, terms, None)
+        checked = x[expected.rows["y"]] if expected.rows else x
+        rounding = _rounding(checked, dense, baselines.eager_absmax(*operands[2:]))
+        return Oracle(expected.values, {"y": expected.tolerances["y"] + rounding}, expected.rows)
 
     return Prepared(
         contestants={
@@ -85,15 +88,15 @@ def prepare(case: Case) -> Prepared:
     )
 
 
-def _rounding(terms: LinearTerms, absmax: Tensor) -> Tensor:
-    """How far rounding x and the levels of W moves a result, with near certainty; [M, N].
+def _rounding(x: Tensor, weight: Tensor, absmax: Tensor) -> Tensor:
+    """How far rounding x [M, K] and the levels of W [N, K] moves results at most, nearly for certain; [M, N].
 
     A product x w is moved by at most A / 254 |w| + d absmax (|x| + A / 254), A being the largest magnitude of
     the group and d the largest error of a level. Such errors have random signs, those of x. Their sum exceeds
     lambda times the root of the sum of their squares with probability 2 exp(-lambda^2 / 2) (Hoeffding, J.
     Amer. Statist. Assoc. 58 (1963), theorem 2).
     """
-    x, weight = terms.x.double(), terms.weight
+    x = x.double()
     groups = x.view(len(x), -1, _GROUP)
     half_step = (groups.abs().amax(2, keepdim=True) / (2 * _MOST_VALUE)).expand_as(groups).reshape_as(x)
     code = torch.tensor(NF4_CODE, dtype=torch.float64)

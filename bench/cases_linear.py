@@ -119,7 +119,7 @@ def prepare(case: Case) -> Prepared:
     @functools.cache
     def expected(mask_of: str | None) -> Oracle:
         mask = None if mask_of is None else keep_scale(case, mask_of)
-        return linear_oracle(case, terms, mask, _weight_roundoffs(case))
+        return linear_oracle(case, terms, mask, weight_roundoffs(case))
 
     def oracle(contestant: str) -> Oracle | None:
         if case.dropout and contestant == "compile":
@@ -149,7 +149,7 @@ def prepare(case: Case) -> Prepared:
     )
 
 
-def _weight_roundoffs(case: Case) -> dict[str, float]:
+def weight_roundoffs(case: Case) -> dict[str, float]:
     """Result -> unit roundoff of bfloat16, where ours rounds the decoded weight to it before the product."""
     if case.weight == "dense" or not native_library().loaded:
         return {}
