@@ -9,8 +9,7 @@ inline constexpr int64_t kMostBlockInputs = kBlockDepth;  // input features that
 // grad[m, n0 .. n0 + count) * column_scale in fp32; column_scale is those features' values, or null.
 void load_dz(const AdaptedLinearBackward& p, int64_t m, int64_t n0, int64_t count, const float* column_scale,
              float* dst) {
-  load_row(p.grad, m * p.out_features + n0, count, dst);
-  if (column_scale != nullptr) multiply_row(dst, column_scale, count);
+  load_operand<Fp32>(p.grad, m * p.out_features + n0, count, column_scale, dst);
 }
 
 // du[M, rank] = scaling * dz B.

@@ -13,6 +13,17 @@ void load_dropped(const LowRank& lowrank, Array x, int64_t in_features, int64_t 
   if (lowrank.dropout.threshold != 0) apply_dropout(dst, count, m * in_features + k0, lowrank.dropout);
 }
 
+// A row of x or of the gradient as units of P; times `factor` where there is one (plan has none for bf16 panels).
+template <class P>
+void load_operand(Array src, int64_t offset, int64_t count, const float* factor, typename P::Unit* dst) {
+  if constexpr (P::kElements == 2) {
+    copy_bf16_row(src, offset, count, dst);
+  } else {
+    load_row(src, offset, count, dst);
+    if (factor != nullptr) multiply_row(dst, factor, count);
+  }
+}
+
 // sums[t][j] += x[t] . a[j] over `count` elements, for kTokens x kRanks rows; lanes run along k.
 template <int kTokens, int kRanks>
 void multiply_dots(const float* x, int64_t ldx, const float* const (&a)[4], int64_t count, float* sums, int64_t lds) {
@@ -180,8 +191,7 @@ void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
   float* row = caller.take(in_features);
   const float* input_scale = optional_as_float(p.input_scale, 0, in_features, caller.take(in_features));
   for (int64_t m = 0; m < tokens; ++m) {
-    load_row(p.x, m * in_features, in_features, row);
-    if (input_scale != nullptr) multiply_row(row, input_scale, in_features);
+    load_operand<Fp32>(p.x, m * in_features, in_features, input_scale, row);
     for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
       Vec even, odd;
       load_deinterleaved(row + k, even, odd);
@@ -224,17 +234,6 @@ void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
 inline int64_t block_columns(int64_t features, int64_t most, ThreadPool pool) {
   const int64_t share = ceil_div(ceil_div(features, 4 * pool.threads), kPanelColumns) * kPanelColumns;
   return lesser(share, most);
-}
-
-// A row of x or of the gradient as units of P; times `factor` where there is one (plan has none for bf16 panels).
-template <class P>
-void load_operand(Array src, int64_t offset, int64_t count, const float* factor, typename P::Unit* dst) {
-  if constexpr (P::kElements == 2) {
-    copy_bf16_row(src, offset, count, dst);
-  } else {
-    load_row(src, offset, count, dst);
-    if (factor != nullptr) multiply_row(dst, factor, count);
-  }
 }
 
 template <class P>
