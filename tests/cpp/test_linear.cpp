@@ -71,34 +71,13 @@ class Problem {
   }
 
   void make_weight(Random& random) {
-    const int64_t count = N * K, blocks = (count + (int64_t{1} << c_.blocksize_log2) - 1) >> c_.blocksize_log2;
-    packed.resize(static_cast<size_t>((count + 1) / 2));
-    for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.below(256));
-    absmax.resize(static_cast<size_t>(blocks));
-    codes.resize(absmax.size());
-    nested_code = random.normals(256);
-    nested_absmax = random.normals((blocks >> c_.nested_blocksize_log2) + 1);
-    for (size_t i = 0; i < absmax.size(); ++i) {
-      codes[i] = static_cast<uint8_t>(random.below(256));
-      absmax[i] = c_.nested ? nested_code[codes[i]] * nested_absmax[i >> c_.nested_blocksize_log2] + 0.25f
-                            : std::fabs(random.normal());
-    }
-    nf4.packed = packed.data();
-    nf4.blocksize_log2 = c_.blocksize_log2;
-    if (c_.nested) {
-      nf4.absmax_codes = codes.data();
-      nf4.nested_code = nested_code.data();
-      nf4.nested_absmax = nested_absmax.data();
-      nf4.nested_offset = 0.25f;
-      nf4.nested_blocksize_log2 = c_.nested_blocksize_log2;
-    } else {
-      nf4.absmax = absmax.data();
-    }
+    const int64_t count = N * K;
+    nf4 = nf4_values.fill(count, c_.blocksize_log2, c_.nested, c_.nested_blocksize_log2, random);
     weight.resize(static_cast<size_t>(count));
     for (int64_t e = 0; e < count; ++e) {
-      const uint8_t byte = packed[static_cast<size_t>(e / 2)];
+      const uint8_t byte = nf4_values.packed[static_cast<size_t>(e / 2)];
       weight[static_cast<size_t>(e)] =
-          kNF4Code[e & 1 ? byte & 15 : byte >> 4] * absmax[static_cast<size_t>(e >> c_.blocksize_log2)];
+          kNF4Code[e & 1 ? byte & 15 : byte >> 4] * nf4_values.absmax[static_cast<size_t>(e >> c_.blocksize_log2)];
     }
     if (c_.dense) {  // stands for what a vendor GEMM gave; any values will do
       base = Values(c_.dtype, random.normals(M * N));
@@ -315,8 +294,8 @@ class Problem {
   Values x, grad, a, b, column_scale, input_scale, bias, base, base_of_grad;
   NF4Weight nf4;
   Dropout dropout;
-  std::vector<uint8_t> packed, codes;
-  std::vector<float> absmax, nested_code, nested_absmax, weight;
+  NF4Values nf4_values;
+  std::vector<float> weight;
 };
 
 }  // namespace

@@ -34,27 +34,7 @@ class Problem {
     }
     x = Values(c.dtype, inputs);
     if (c.bias) bias = Values(random.below(2) ? c.dtype : DType::kFloat32, random.normals(N));
-    const int64_t count = N * K, blocks = (count + (int64_t{1} << c.blocksize_log2) - 1) >> c.blocksize_log2;
-    packed.resize(static_cast<size_t>((count + 1) / 2));
-    for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.below(256));
-    nested_code = random.normals(256);
-    nested_absmax = random.normals((blocks >> c.nested_blocksize_log2) + 1);
-    for (int64_t i = 0; i < blocks; ++i) {
-      codes.push_back(static_cast<uint8_t>(random.below(256)));
-      const float scale = nested_absmax[static_cast<size_t>(i >> c.nested_blocksize_log2)];
-      absmax.push_back(c.nested ? nested_code[codes.back()] * scale + 0.25f : std::fabs(random.normal()));
-    }
-    nf4.packed = packed.data();
-    nf4.blocksize_log2 = c.blocksize_log2;
-    if (c.nested) {
-      nf4.absmax_codes = codes.data();
-      nf4.nested_code = nested_code.data();
-      nf4.nested_absmax = nested_absmax.data();
-      nf4.nested_offset = 0.25f;
-      nf4.nested_blocksize_log2 = c.nested_blocksize_log2;
-    } else {
-      nf4.absmax = absmax.data();
-    }
+    nf4 = nf4_values.fill(N * K, c.blocksize_log2, c.nested, c.nested_blocksize_log2, random);
     define();
   }
 
@@ -108,12 +88,12 @@ class Problem {
             int64_t products = 0;
             for (; k < end && (n * K + k) >> c_.blocksize_log2 == block; ++k) {
               const int64_t e = n * K + k;
-              const uint8_t byte = packed[static_cast<size_t>(e / 2)];
+              const uint8_t byte = nf4_values.packed[static_cast<size_t>(e / 2)];
               const float level = std::rint(124.0f * kNF4Code[e & 1 ? byte & 15 : byte >> 4]);
               const float value = finite ? std::rint(static_cast<float>(x[m * K + k]) * factor) : 0.0f;
               products += static_cast<int64_t>(value) * static_cast<int64_t>(level);
             }
-            sum += static_cast<float>(products) * scale * absmax[static_cast<size_t>(block)];
+            sum += static_cast<float>(products) * scale * nf4_values.absmax[static_cast<size_t>(block)];
           }
         }
         y.push_back(bias.present() ? sum + static_cast<float>(bias[n]) : sum);
@@ -126,8 +106,7 @@ class Problem {
   int64_t M, K, N;
   Values x, bias, expected;
   NF4Weight nf4;
-  std::vector<uint8_t> packed, codes;
-  std::vector<float> absmax, nested_code, nested_absmax;
+  NF4Values nf4_values;
 };
 
 }  // namespace

@@ -136,4 +136,38 @@ class Output {
   std::vector<uint16_t> bits16_;
 };
 
+// A random NF4 weight; `absmax` holds the scales, decoded where they are doubly quantised.
+struct NF4Values {
+  std::vector<uint8_t> packed, codes;
+  std::vector<float> absmax, nested_code, nested_absmax;
+
+  NF4Weight fill(int64_t count, int blocksize_log2, bool nested, int nested_blocksize_log2, Random& random) {
+    const int64_t blocks = (count + (int64_t{1} << blocksize_log2) - 1) >> blocksize_log2;
+    packed.resize(static_cast<size_t>((count + 1) / 2));
+    for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.below(256));
+    absmax.resize(static_cast<size_t>(blocks));
+    codes.resize(absmax.size());
+    nested_code = random.normals(256);
+    nested_absmax = random.normals((blocks >> nested_blocksize_log2) + 1);
+    for (size_t i = 0; i < absmax.size(); ++i) {
+      codes[i] = static_cast<uint8_t>(random.below(256));
+      absmax[i] = nested ? nested_code[codes[i]] * nested_absmax[i >> nested_blocksize_log2] + 0.25f
+                         : std::fabs(random.normal());
+    }
+    NF4Weight nf4;
+    nf4.packed = packed.data();
+    nf4.blocksize_log2 = blocksize_log2;
+    if (nested) {
+      nf4.absmax_codes = codes.data();
+      nf4.nested_code = nested_code.data();
+      nf4.nested_absmax = nested_absmax.data();
+      nf4.nested_offset = 0.25f;
+      nf4.nested_blocksize_log2 = nested_blocksize_log2;
+    } else {
+      nf4.absmax = absmax.data();
+    }
+    return nf4;
+  }
+};
+
 }  // namespace peft_kernels::cpu::testing
