@@ -45,7 +45,7 @@ def keep_libraries_quiet() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces its starts and stops
     # bitsandbytes recommends another package where the processor has bf16 instructions
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # peft 0.21 asks transformers 5.23 for a property by its former name
+    # peft 0.21 asks transformers 5 for a property by its former name
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )

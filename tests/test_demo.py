@@ -23,7 +23,7 @@ from word_polarity.results import TOLERANCE, Outcome, Run, failures, notes, rela
 from word_polarity.training import Trainer, median_seconds, train_side_by_side
 from word_polarity.words import Word, load_words, majority_share, parse_lexicon, shuffled_batches, split_words
 
-# peft 0.21 asks transformers 5.23 for a property by its former name
+# peft 0.21 asks transformers 5 for a property by its former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 QUICKSTART = Path(__file__).parent.parent / "docs" / "quickstart.md"

@@ -33,6 +33,7 @@ def load_encoder(seed: int) -> Encoder:
         get_model_path(),
         num_labels=2,
         quantization_config=quantisation,
+        dtype=torch.float32,  # of what is not quantised: transformers 4 takes float16 unless told
         device_map="cpu",
         local_files_only=True,
     )
