@@ -97,6 +97,17 @@ struct NF4LinearInt8 {
   MutableArray y;                                         // [M, N]
 };
 
+// norm[n] = || W[n] + scaling * B[n] A ||, over the inputs of output feature n.
+struct DoraNorm {
+  int64_t in_features = 0, out_features = 0, rank = 0;  // K, N, r
+  NF4Weight nf4;                                        // [N, K], where dense is absent
+  Array dense;                                          // [N, K]
+  Array a;                                              // [rank, K]
+  Array b;                                              // [N, rank]
+  double scaling = 1.0;
+  float* norm = nullptr;  // [N]
+};
+
 // One product with a frozen NF4 weight W [N, K]: x W^T, or for the input gradient dz W.
 struct NF4Product {
   bool by_input = false;  // the input gradient
@@ -121,6 +132,7 @@ struct Kernels {
   void (*adapted_linear)(const AdaptedLinear& problem, ThreadPool pool);
   void (*adapted_linear_backward)(const AdaptedLinearBackward& problem, ThreadPool pool);
   void (*nf4_linear_int8)(const NF4LinearInt8& problem, ThreadPool pool);
+  void (*dora_norm)(const DoraNorm& problem, ThreadPool pool);
 };
 
 // The table in use: the best that this processor runs, or the one that PEFT_KERNELS_CPU_CAPABILITY names if it is not

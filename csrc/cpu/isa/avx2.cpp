@@ -1,5 +1,6 @@
 #include "../simd/avx2.h"
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 

@@ -1,5 +1,6 @@
 #include "../simd/avx512_vnni.h"
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 

@@ -1,5 +1,6 @@
 #include "../simd/portable.h"
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 

@@ -15,9 +15,11 @@ namespace {
 #include "linear_backward-inl.h"
 
 #include "linear_int8-inl.h"
+
+#include "dora-inl.h"
 }  // namespace
 
 extern const Kernels kTable;
 const Kernels kTable{
     kName,          plan, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward,
-    nf4_linear_int8};
+    nf4_linear_int8, dora_norm};

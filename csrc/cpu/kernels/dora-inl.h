@@ -1,0 +1,169 @@
+// dora_norm: the length of every row of W + scaling * B A. The rows are formed a tile at a time, in registers, and summed
+// as squares: the product B A costs what W A^T costs in the expanded ||W||^2 + 2 <W, B A> + ||B A||^2, and nothing
+// cancels. docs/cpu.md has the comparison. Nothing of size N x K is held.
+
+inline constexpr int64_t kNormRows = 2 * kTileRows;  // rows of a task
+
+// squares[i] += the squares of w[i] + scaling * b[i] A, i < kRows, over one panel of A [rank, kPanelColumns]; lanes run
+// along the inputs.
+template <int kRows>
+void norm_tile(const float* w, int64_t ldw, const float* b, int64_t rank, const float* a, Vec scaling, float* squares) {
+  Vec left[kRows], right[kRows];
+  for (int i = 0; i < kRows; ++i) left[i] = right[i] = zero();
+  for (int64_t j = 0; j < rank; ++j, a += kPanelColumns) {
+    const Vec a0 = load(a), a1 = load(a + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const Vec s = broadcast(b[i * rank + j]);
+      left[i] = fmadd(s, a0, left[i]);
+      right[i] = fmadd(s, a1, right[i]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i, w += ldw, squares += kLanes) {
+    const Vec v0 = fmadd(scaling, left[i], load(w)), v1 = fmadd(scaling, right[i], load(w + kLanes));
+    store(squares, fmadd(v1, v1, fmadd(v0, v0, load(squares))));
+  }
+}
+
+template <int kRows>
+void norm_rows(int64_t rows, const float* w, int64_t ldw, const float* b, int64_t rank, const float* a, Vec scaling,
+               float* squares) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return norm_tile<kRows>(w, ldw, b, rank, a, scaling, squares);
+    norm_rows<kRows - 1>(rows, w, ldw, b, rank, a, scaling, squares);
+  }
+}
+
+// A task's rows n0 .. n0 + rows of W, `kPanelColumns` inputs at a time, as the tile reads them.
+struct NormRows {
+  const DoraNorm& p;
+  int64_t n0, rows;
+  float* panel;   // [rows, kPanelColumns]
+  float* scales;  // [rows, blocks] of NF4, for the inputs from k0 on
+  int64_t first_block = 0, blocks = 0;
+
+  // To be called for every kBlockDepth inputs.
+  void begin(int64_t k0, int64_t depth) {
+    if (p.dense || !rows_are_whole_blocks(p.nf4, p.in_features)) return;
+    const int log2 = p.nf4.blocksize_log2;
+    first_block = k0 >> log2;
+    blocks = ((k0 + depth - 1) >> log2) + 1 - first_block;
+    for (int64_t i = 0; i < rows; ++i) {
+      load_scales(p.nf4, ((n0 + i) * p.in_features >> log2) + first_block, blocks, scales + i * blocks);
+    }
+  }
+
+  // W[n0 .. n0 + rows][k .. k + columns), zero from `columns` on; `ld` apart.
+  const float* read(int64_t k, int64_t columns, int64_t& ld) const {
+    ld = kPanelColumns;
+    if (!p.dense) {
+      decode_panel_by_input<Fp32>(p.nf4, p.in_features, n0, rows, k, columns,
+                                  scales + ((k >> p.nf4.blocksize_log2) - first_block), blocks, panel);
+      return panel;
+    }
+    if (p.dense.dtype != DType::kFloat32 || columns < kPanelColumns) {
+      load_block(p.dense, p.in_features, n0, rows, k, columns, kPanelColumns, panel);
+      return panel;
+    }
+    // Reading `rows` rows side by side defeats the processor's own prefetching; so as much of the next task's rows is
+    // fetched meanwhile, in the order of memory.
+    const float* w = static_cast<const float*>(p.dense.data) + n0 * p.in_features;
+    const float* next = w + rows * (p.in_features + k);
+    for (int64_t i = 0; i < rows * kPanelColumns; i += kCacheLine / 4) prefetch(next + i);
+    ld = p.in_features;
+    return w + k;
+  }
+};
+
+// Row n in double.
+double norm_in_double(const DoraNorm& p, int64_t n, const float* a, const float* b) {
+  double sum = 0.0;
+  for (int64_t k0 = 0; k0 < p.in_features; k0 += kPanelColumns) {
+    const int64_t count = lesser(kPanelColumns, p.in_features - k0), first = n * p.in_features + k0;
+    float w[kPanelColumns];
+    double update[kPanelColumns] = {};
+    if (p.dense) {
+      load_row(p.dense, first, count, w);
+    } else {
+      decode_run(p.nf4, first, count, w);
+    }
+    for (int64_t j = 0; j < p.rank; ++j, a += kPanelColumns) {
+      for (int64_t i = 0; i < kPanelColumns; ++i) update[i] += static_cast<double>(b[j]) * a[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const double v = w[i] + p.scaling * update[i];
+      sum += v * v;
+    }
+  }
+  return std::sqrt(sum);
+}
+
+// Whether a row's sum of squares, made in fp32, is good to kNormError. `reach` = |scaling| sum_j |b_j| ||A_j|| is the
+// most that the low-rank part can be: it is summed with an error of about sqrt(rank) roundings of that size (Higham and
+// Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4 with lambda = 4), which matters where the row is far shorter. What
+// else there is (the sum of squares, which is in order of blocks of kBlockDepth) stays below 1e-6. Not so where
+// squares leave the range of fp32, or are not finite.
+inline bool norm_is_accurate(double squares, double reach, int64_t rank) {
+  constexpr double kNormError = 9e-6, kRounding = 0x1p-24, kLeast = 1e-25, kMost = 1e38;
+  if (!(squares > kLeast && squares < kMost)) return false;
+  return 4.0 * std::sqrt(static_cast<double>(rank + 1)) * kRounding * reach <= kNormError * std::sqrt(squares);
+}
+
+void dora_norm(const DoraNorm& p, ThreadPool pool) {
+  constexpr int64_t kMostBlocks = kBlockDepth / 32 + 1;  // of one row in kBlockDepth inputs; 32 is the least blocksize
+  const int64_t in_features = p.in_features, rank = p.rank, chunks = ceil_div(in_features, kBlockDepth);
+  Slice caller{caller_scratch(
+      static_cast<size_t>(slice_size(chunks * kBlockDepth * rank) + slice_size(chunks * rank) + slice_size(rank)))};
+  float* a = caller.take(chunks * kBlockDepth * rank);  // [K / P, rank, P]
+  float* a_squares = caller.take(chunks * rank);        // ||A_j||^2 by chunks
+  float* a_norm = caller.take(rank);                    // ||A_j||
+  parallel(pool, chunks, [&](int64_t chunk) {
+    const int64_t k0 = chunk * kBlockDepth, count = lesser(kBlockDepth, in_features - k0);
+    pack_rows(rank, count, a + k0 * rank, [&](int64_t j, float* row) {
+      load_row(p.a, j * in_features + k0, count, row);
+      float sum = 0.0f;
+      for (int64_t i = 0; i < count; ++i) sum += row[i] * row[i];
+      a_squares[chunk * rank + j] = sum;
+    });
+  });
+  for (int64_t j = 0; j < rank; ++j) {
+    double sum = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a_squares[chunk * rank + j];
+    a_norm[j] = static_cast<float>(std::sqrt(sum));
+  }
+
+  const Vec scaling = broadcast(static_cast<float>(p.scaling));
+  parallel(pool, ceil_div(p.out_features, kNormRows), [&](int64_t task) {
+    const int64_t n0 = task * kNormRows, rows = lesser(kNormRows, p.out_features - n0);
+    Slice scratch{task_scratch(static_cast<size_t>(slice_size(rows * rank) + slice_size(rows * kPanelColumns) +
+                                                   slice_size(rows * kMostBlocks) + slice_size(rows * kLanes)))};
+    float* b = scratch.take(rows * rank);
+    float* panel = scratch.take(rows * kPanelColumns);
+    float* scales = scratch.take(rows * kMostBlocks);
+    float* squares = scratch.take(rows * kLanes);  // [rows, lanes]
+    double sums[kNormRows] = {};
+    load_row(p.b, n0 * rank, rows * rank, b);
+    NormRows weight{p, n0, rows, panel, scales};
+    for (int64_t k0 = 0; k0 < in_features; k0 += kBlockDepth) {
+      const int64_t end = lesser(k0 + kBlockDepth, in_features);
+      weight.begin(k0, end - k0);
+      fill_zero(squares, rows * kLanes);
+      for (int64_t k = k0; k < end; k += kPanelColumns) {
+        int64_t ld = 0;
+        const float* w = weight.read(k, lesser(kPanelColumns, end - k), ld);
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+          norm_rows<kTileRows>(lesser(kTileRows, rows - i), w + i * ld, ld, b + i * rank, rank, a + k * rank, scaling,
+                               squares + i * kLanes);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) sums[i] += reduce_add(load(squares + i * kLanes));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = b + i * rank;
+      double reach = 0.0;
+      for (int64_t j = 0; j < rank; ++j) reach += std::fabs(static_cast<double>(row[j]) * a_norm[j]);
+      const bool accurate = norm_is_accurate(sums[i], std::fabs(p.scaling) * reach, rank);
+      p.norm[n0 + i] = static_cast<float>(accurate ? std::sqrt(sums[i]) : norm_in_double(p, n0 + i, a, row));
+    }
+  });
+}
