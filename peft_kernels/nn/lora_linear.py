@@ -10,8 +10,9 @@ from peft_kernels.core.checks import check_probability
 from peft_kernels.functional import adapted_linear
 from peft_kernels.nn.nf4_linear import NF4Linear
 from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, require_plain
+from peft_kernels.ops.nf4.weight import NF4Weight
 
-_ADAPTER = "default"  # the name PEFT gives an adapter that is given none
+ADAPTER = "default"  # the name PEFT gives an adapter that is given none
 
 
 class LoRALinear(nn.Module):
@@ -99,6 +100,7 @@ class LoRALinear(nn.Module):
         layer._init(linear, r, lora_alpha, lora_dropout, use_rslora)
         return layer.train(linear.training)
 
+    _parts: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")  # of an adapter, as its file has them
     base_layer: nn.Linear | NF4Linear
     unmerged_base_layer: nn.Linear | NF4Linear | None  # the base layer proper, while merged
 
@@ -123,11 +125,15 @@ class LoRALinear(nn.Module):
         self.unmerged_base_layer = None
         weight = base_layer.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        lora_a = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=dtype)
-        lora_b = nn.Linear(r, self.out_features, bias=False, device=weight.device, dtype=dtype)
-        self.lora_A = nn.ModuleDict({_ADAPTER: lora_a})
-        self.lora_B = nn.ModuleDict({_ADAPTER: lora_b})
+        self._add_adapter(weight.device, dtype)
         self.reset_parameters()
+
+    def _add_adapter(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the parameters that `reset_parameters` fills."""
+        lora_a = nn.Linear(self.in_features, self.r, bias=False, device=device, dtype=dtype)
+        lora_b = nn.Linear(self.r, self.out_features, bias=False, device=device, dtype=dtype)
+        self.lora_A = nn.ModuleDict({ADAPTER: lora_a})
+        self.lora_B = nn.ModuleDict({ADAPTER: lora_b})
 
     def reset_parameters(self) -> None:
         """Start afresh: A Kaiming uniform, B zero."""
@@ -138,10 +144,16 @@ class LoRALinear(nn.Module):
     @property
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [r, K], B [N, r]), the parameters."""
-        lora_a, lora_b = self.lora_A[_ADAPTER], self.lora_B[_ADAPTER]
+        lora_a, lora_b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
         assert isinstance(lora_a, nn.Linear)
         assert isinstance(lora_b, nn.Linear)
         return lora_a.weight, lora_b.weight
+
+    @property
+    def frozen_weight(self) -> torch.Tensor | NF4Weight:
+        """W [N, K] of the base layer, without the update even while merged."""
+        base = self.unmerged_base_layer or self.base_layer
+        return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
 
     @property
     def merged(self) -> bool:
@@ -157,7 +169,7 @@ class LoRALinear(nn.Module):
         lora_a, lora_b = self.adapter
         return adapted_linear(
             x,
-            base.nf4_weight if isinstance(base, NF4Linear) else base.weight,
+            self.frozen_weight,
             lora_a=lora_a,
             lora_b=lora_b,
             scaling=self.scaling,
@@ -191,7 +203,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge_to_dense(self) -> nn.Linear:
-        """A new `nn.Linear` with the weight W + scaling * B A, summed in fp32 and rounded once.
+        """A new `nn.Linear` with the update in its weight, computed in fp32 and rounded once.
 
         Over NF4 this is exact up to that rounding, to the dtype of the weight before it was quantised.
 
@@ -201,15 +213,19 @@ class LoRALinear(nn.Module):
         base = self.unmerged_base_layer or self.base_layer
         weight = base.nf4_weight.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight
         dtype = base.weight_dtype if isinstance(base, NF4Linear) else weight.dtype
-        lora_a, lora_b = (part.to(torch.promote_types(weight.dtype, torch.float32)) for part in self.adapter)
-        merged = torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=self.scaling).to(dtype)  # [N, K]
+        merged = self._adapted(weight.to(torch.promote_types(weight.dtype, torch.float32))).to(dtype)
         if not merged.isfinite().all():
-            raise ValueError("the merged weight must be finite, got NaN or inf; check lora_A and lora_B")
+            raise ValueError("the merged weight must be finite, got NaN or inf; check the adapter")
         linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, device="meta")
         linear.weight = nn.Parameter(merged)
         if base.bias is not None:
             linear.bias = nn.Parameter(base.bias.detach().clone())
         return linear.train(self.training)
+
+    def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + scaling * B A for W [N, K]."""
+        lora_a, lora_b = (part.to(weight.dtype) for part in self.adapter)
+        return torch.addmm(weight, lora_b, lora_a, alpha=self.scaling)
 
     def extra_repr(self) -> str:
         """Sizes and settings."""
@@ -231,8 +247,8 @@ class LoRALinear(nn.Module):
             raise RuntimeError(
                 f"{prefix.removesuffix('.') or 'the layer'} must not be merged to be loaded; call unmerge()"
             )
-        for part in ("lora_A", "lora_B"):
-            in_file = f"{prefix}{part}.weight"
-            if in_file in state_dict:
-                state_dict[f"{prefix}{part}.{_ADAPTER}.weight"] = state_dict.pop(in_file)
+        for in_file in self._parts:
+            if prefix + in_file in state_dict:
+                part = in_file.removesuffix(".weight")
+                state_dict[f"{prefix}{part}.{ADAPTER}.weight"] = state_dict.pop(prefix + in_file)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers over `nn.Linear` and over bitsandbytes' `Linear4bit`: base and adapter in one kernel.
+"""PEFT's LoRA and DoRA layers over `nn.Linear` and `Linear4bit`: base and adapter in one kernel.
 
 Every call decides anew whether the kernel computes what PEFT's own forward would, because PEFT changes its
 layers at any time: adapters are added, switched, merged and disabled. Where it does not, PEFT's forward runs.
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_kernels.functional import lora_linear, nf4_lora_linear
+from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
 from peft_kernels.nn.dropout import PhiloxDropout
+from peft_kernels.nn.norm_cache import norm_cache
 from peft_kernels.nn.plain_linear import bypass_reason
+from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery.bitsandbytes_linear import Operands, autocast_off
 from peft_kernels.surgery.peft_common import (
     FusedOver4bit,
@@ -33,11 +35,12 @@ class Adapter(NamedTuple):
     lora_b: torch.Tensor  # [N, r]
     scaling: float | torch.Tensor
     dropout_p: float
+    magnitude: torch.Tensor | None  # [N], where the adapter is a DoRA
 
 
 @handles("peft.tuners.lora.layer:Linear")
 class FusedLoraLinear(FusedLayer):
-    """LoRA over a dense layer: y = x W^T + bias + scaling * (D(x) A^T) B^T, in the dtype of x.
+    """LoRA over a dense layer: y = x W^T + bias + scaling * (D(x) A^T) B^T, in the dtype of x; or DoRA.
 
     PEFT rounds after every step, this once. Adapters in fp32 over a bf16 or fp16 base, which is PEFT's
     default, do not cast x up.
@@ -64,15 +67,14 @@ class FusedLoraLinear(FusedLayer):
         reason = dense_reason(base) or _input_reason(self, adapter, base, x)
         if reason:
             return self.run_stock(reason, x)
-        lora_a, lora_b, scaling, dropout_p = adapter
-        y = lora_linear(x, base.weight, lora_a, lora_b, scaling, base.bias, dropout_p)
+        y = _run(self, adapter, x, base.weight, base.bias)
         self.ran_fused()
         return y
 
 
 @handles("peft.tuners.lora.bnb:Linear4bit")
 class FusedLoraLinear4bit(FusedOver4bit):
-    """LoRA over a bitsandbytes `Linear4bit` in NF4: QLoRA, y = x W^T + bias + scaling * (D(x) A^T) B^T.
+    """LoRA or DoRA over a bitsandbytes `Linear4bit` in NF4: QLoRA and QDoRA.
 
     All of it is computed on x in the base's `compute_dtype`, and y returned in the dtype of x. PEFT rounds x
     to `compute_dtype` for the base product only; the two agree to the rounding error of `compute_dtype`.
@@ -102,11 +104,8 @@ class FusedLoraLinear4bit(FusedOver4bit):
         operands = self._operands(adapter, x)
         if isinstance(operands, str):
             return self.run_stock(operands, x)
-        lora_a, lora_b, scaling, dropout_p = adapter
         with autocast_off(x):
-            y = nf4_lora_linear(
-                operands.x, operands.weight, lora_a, lora_b, scaling, operands.bias, dropout_p
-            )
+            y = _run(self, adapter, *operands)
         self.ran_fused()
         return y.to(x.dtype)
 
@@ -119,7 +118,7 @@ class FusedLoraLinear4bit(FusedOver4bit):
 
 
 def find_adapter(layer: Any) -> Adapter | Unfit:
-    """The active adapter of a PEFT LoRA layer, if there is exactly one and it is LoRA with nothing added."""
+    """The active adapter of a PEFT LoRA layer, if there is exactly one, LoRA or DoRA with nothing added."""
     if unfit := switched_off(layer):
         return unfit
     adapters_a, adapters_b = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
@@ -129,8 +128,9 @@ def find_adapter(layer: Any) -> Adapter | Unfit:
             return Unfit("no active adapter on this layer: base layer only", base_only=True)
         return Unfit(f"several active adapters: {', '.join(active)}")
     name = active[0]
-    if name in layer.lora_variant:
-        return Unfit(f"adapter variant {type(layer.lora_variant[name]).__name__}")
+    magnitude = _magnitude(layer, name)
+    if isinstance(magnitude, Unfit):
+        return magnitude
     if layer.fan_in_fan_out:
         return Unfit("fan_in_fan_out: the base weight is transposed")
     linear_a, linear_b = adapters_a[name], adapters_b[name]
@@ -145,8 +145,48 @@ def find_adapter(layer: Any) -> Adapter | Unfit:
     scaling = layer.scaling[name]
     if isinstance(scaling, torch.Tensor) and scaling.dim() > 0:
         return Unfit(f"its scaling is a tensor of shape {list(scaling.shape)}")
-    p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
-    return Adapter(linear_a._parameters["weight"], linear_b._parameters["weight"], scaling, p)
+    # The DoRA variant calls the dropout only if the layer itself is in training mode.
+    drops = dropout.training and type(dropout) is not nn.Identity and (magnitude is None or layer.training)
+    lora_a, lora_b = linear_a._parameters["weight"], linear_b._parameters["weight"]
+    return Adapter(lora_a, lora_b, scaling, dropout.p if drops else 0.0, magnitude)
+
+
+def _magnitude(layer: Any, name: str) -> torch.Tensor | Unfit | None:
+    """The magnitude of an adapter that is a DoRA, None if it is a plain LoRA, or what else it is."""
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return None
+    if _class_path(variant) != "peft.tuners.lora.variants:DoraLinearVariant":
+        return Unfit(f"adapter variant {type(variant).__name__}")
+    vector = layer._modules["lora_magnitude_vector"]._modules[name]
+    if _class_path(vector) != "peft.tuners.lora.dora:DoraLinearLayer":
+        return Unfit(f"lora_magnitude_vector: a {type(vector).__name__}, not a DoraLinearLayer")
+    if reason := bypass_reason(vector):
+        return Unfit(f"lora_magnitude_vector: {reason}")
+    magnitude: torch.Tensor = vector._parameters["weight"]
+    return magnitude
+
+
+def _class_path(instance: object) -> str:
+    return f"{type(instance).__module__}:{type(instance).__qualname__}"
+
+
+def _run(
+    layer: nn.Module,
+    adapter: Adapter,
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Weight,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The layer's output for x in its compute dtype."""
+    a, b, scaling, dropout_p, magnitude = adapter
+    if magnitude is None:
+        return adapted_linear(x, weight, lora_a=a, lora_b=b, scaling=scaling, bias=bias, dropout_p=dropout_p)
+    base: Any = layer.base_layer
+    norm = norm_cache(layer).get(
+        lambda: dora_norm(weight, a, b, scaling), (base.weight, a, b), scaling, layer.training
+    )
+    return dora_linear(x, weight, a, b, magnitude, scaling, bias, dropout_p, norm=norm)
 
 
 def _dropout_reason(dropout: Any) -> str:
@@ -171,6 +211,8 @@ def _dtype_reason(layer: Any, adapter: Adapter, x_dtype: torch.dtype, compute_dt
     if adapter.lora_b.dtype != dtype:
         return f"lora_A is {dtype}, lora_B {adapter.lora_b.dtype}"
     reason = adapter_dtype_reason(dtype, compute_dtype)
+    if not reason and adapter.magnitude is not None:
+        reason = adapter_dtype_reason(adapter.magnitude.dtype, compute_dtype)
     if not reason and dtype != x_dtype and not layer.cast_input_dtype_enabled:
         reason = f"casting the input is disabled, and it is {x_dtype}, the adapter {dtype}"
     return reason

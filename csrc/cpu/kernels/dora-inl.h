@@ -1,8 +1,8 @@
-// dora_norm: the length of every row of W + scaling * B A. The rows are formed a tile at a time, in registers, and summed
-// as squares: the product B A costs what W A^T costs in the expanded ||W||^2 + 2 <W, B A> + ||B A||^2, and nothing
-// cancels. docs/cpu.md has the comparison. Nothing of size N x K is held.
+// dora_norm: the length of every row of W + scaling * B A. The rows are formed a tile at a time, in registers, and
+// summed as squares: the product B A costs what W A^T costs in the expanded ||W||^2 + 2 <W, B A> + ||B A||^2, and
+// nothing cancels. docs/cpu.md has the comparison. Nothing of size N x K is held.
 
-inline constexpr int64_t kNormRows = 2 * kTileRows;  // rows of a task
+inline constexpr int64_t kNormRows = 2 * kTileRows;  // rows of a task; even, as rows are decoded in twos
 
 // squares[i] += the squares of w[i] + scaling * b[i] A, i < kRows, over one panel of A [rank, kPanelColumns]; lanes run
 // along the inputs.
@@ -38,7 +38,7 @@ void norm_rows(int64_t rows, const float* w, int64_t ldw, const float* b, int64_
 struct NormRows {
   const DoraNorm& p;
   int64_t n0, rows;
-  float* panel;   // [rows, kPanelColumns]
+  float* panel;   // [kNormRows, kPanelColumns]
   float* scales;  // [rows, blocks] of NF4, for the inputs from k0 on
   int64_t first_block = 0, blocks = 0;
 
@@ -135,10 +135,10 @@ void dora_norm(const DoraNorm& p, ThreadPool pool) {
   const Vec scaling = broadcast(static_cast<float>(p.scaling));
   parallel(pool, ceil_div(p.out_features, kNormRows), [&](int64_t task) {
     const int64_t n0 = task * kNormRows, rows = lesser(kNormRows, p.out_features - n0);
-    Slice scratch{task_scratch(static_cast<size_t>(slice_size(rows * rank) + slice_size(rows * kPanelColumns) +
+    Slice scratch{task_scratch(static_cast<size_t>(slice_size(rows * rank) + slice_size(kNormRows * kPanelColumns) +
                                                    slice_size(rows * kMostBlocks) + slice_size(rows * kLanes)))};
     float* b = scratch.take(rows * rank);
-    float* panel = scratch.take(rows * kPanelColumns);
+    float* panel = scratch.take(kNormRows * kPanelColumns);
     float* scales = scratch.take(rows * kMostBlocks);
     float* squares = scratch.take(rows * kLanes);  // [rows, lanes]
     double sums[kNormRows] = {};

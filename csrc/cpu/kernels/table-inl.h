@@ -21,5 +21,5 @@ namespace {
 
 extern const Kernels kTable;
 const Kernels kTable{
-    kName,          plan, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward,
+    kName,           plan,     nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward,
     nf4_linear_int8, dora_norm};

@@ -74,11 +74,11 @@ def adapted_linear(
     refuse_transforms("adapted_linear", "torch.nn.functional.linear on w.dequantize()")
     check_tensor("x", x)
     x, weight = _autocast(x, weight)
-    base, out_features = _base_weight(weight, x)
+    base, out_features = split_weight(weight, x)
     if lora_a is None and lora_b is None:
         scaling = _no_scaling(scaling)
     elif isinstance(scaling, torch.Tensor) or torch.compiler.is_compiling():
-        lora_b, scaling = _fold_scaling(lora_b, scaling), 1.0
+        lora_b, scaling = None if lora_b is None else fold_scaling(lora_b, scaling), 1.0
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     rest = (*base, out_features, lora_a, lora_b, scaling, column_scale, input_scale, bias, dropout_p, seed)
     args = ForwardArgs(flatten(x), *rest)
@@ -216,7 +216,7 @@ def _nf4_linear_int8(x: torch.Tensor, w: NF4Weight, bias: torch.Tensor | None) -
         )
     check_tensor("x", x)
     x, _ = _autocast(x, w)
-    base, out_features = _base_weight(w, x)
+    base, out_features = split_weight(w, x)
     args = Int8Args(flatten(x), *base, out_features, bias)
     check_nf4_linear_int8(args)
     for name, tensor in (("x", x), ("bias", bias)):
@@ -243,8 +243,8 @@ def _autocast(
     return x.to(dtype), weight
 
 
-def _base_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> tuple[BaseWeight, int]:
-    """The weight's parts and out_features."""
+def split_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor | None) -> tuple[BaseWeight, int]:
+    """The parts of a frozen weight [N, K] and N, checked; K against x [..., K] where that is given."""
     if isinstance(weight, NF4Weight):
         base = weight.base_weight()
     else:
@@ -258,7 +258,7 @@ def _base_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> tuple[Bas
     if len(weight.shape) != 2:
         kind = "an NF4Weight of shape " if isinstance(weight, NF4Weight) else ""
         raise ValueError(f"weight must be [N, K], got {kind}{list(weight.shape)}")
-    if x.shape[-1:] != weight.shape[1:]:
+    if x is not None and x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
     return base, weight.shape[0]
 
@@ -272,7 +272,7 @@ def _no_scaling(scaling: float | torch.Tensor) -> float:
     raise ValueError(f"scaling must be 1.0 without lora_a and lora_b, got {scaling}")
 
 
-def _fold_scaling(lora_b: torch.Tensor | None, scaling: float | torch.Tensor) -> torch.Tensor | None:
+def fold_scaling(lora_b: torch.Tensor, scaling: float | torch.Tensor) -> torch.Tensor:
     """lora_b * scaling: gradients reach a scaling tensor, and no value is read back from the device.
 
     To torch.compile the ops' own `scaling` is a constant: each new value would compile once more.
@@ -283,4 +283,4 @@ def _fold_scaling(lora_b: torch.Tensor | None, scaling: float | torch.Tensor) ->
         raise ValueError(f"scaling must have one element, got {list(scaling.shape)}")
     else:
         scaling = scaling.reshape(())
-    return None if lora_b is None else lora_b * scaling
+    return lora_b * scaling

@@ -1,5 +1,6 @@
 """Contract of the adapted linear: schemas, argument checks (shared by the eager and the fake path), fakes."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +17,20 @@ from peft_kernels.core.checks import (
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES, check_seed
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_format
 
-_BASE = (
+BASE_SCHEMA = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
     "int nested_blocksize, int blocksize"
 )
 
 define_op(
     "adapted_linear",
-    f"(Tensor x, {_BASE}, SymInt out_features, Tensor? lora_a, Tensor? lora_b, float scaling, "
+    f"(Tensor x, {BASE_SCHEMA}, SymInt out_features, Tensor? lora_a, Tensor? lora_b, float scaling, "
     "Tensor? column_scale, Tensor? input_scale, Tensor? bias, float dropout_p, Tensor? seed, "
     "bool save_preactivation) -> (Tensor y, Tensor u, Tensor z)",
 )
 define_op(
     "adapted_linear_backward",
-    f"(Tensor grad, Tensor x, {_BASE}, Tensor? lora_a, Tensor? lora_b, float scaling, "
+    f"(Tensor grad, Tensor x, {BASE_SCHEMA}, Tensor? lora_a, Tensor? lora_b, float scaling, "
     "Tensor? column_scale, Tensor? input_scale, float dropout_p, Tensor? seed, Tensor? u, Tensor? z, "
     "bool need_x, bool need_lora_a, bool need_lora_b, bool need_column_scale, bool need_input_scale, "
     "bool need_bias) -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dcolumn_scale, "
@@ -37,7 +38,7 @@ define_op(
 )
 define_op(
     "nf4_linear_int8",
-    f"(Tensor x, {_BASE.replace('? absmax', ' absmax')}, SymInt out_features, Tensor? bias) -> Tensor",
+    f"(Tensor x, {BASE_SCHEMA.replace('? absmax', ' absmax')}, SymInt out_features, Tensor? bias) -> Tensor",
 )
 
 
@@ -198,23 +199,35 @@ def check_nf4_linear_int8(args: Int8Args) -> None:
     _check_vector("bias", args.bias, "[N]", n, x)
 
 
-def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, n: int) -> None:
-    if lora_a is None or lora_b is None:
-        if lora_a is not lora_b:
-            missing = "lora_a" if lora_a is None else "lora_b"
-            raise ValueError(f"lora_a and lora_b must be given together, got no {missing}")
-        return
+def check_lora(
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    shape: tuple[int, int],
+    dtypes: Sequence[torch.dtype],
+    like_name: str,
+    like: torch.Tensor,
+) -> None:
+    """Require A [r, K] and B [N, r] of one of `dtypes` for a weight of `shape`, on the device of `like`."""
+    n, k = shape
     check_tensor("lora_a", lora_a)
     check_tensor("lora_b", lora_b)
     remedy = "pass the adapter made for this layer"
-    check_shape("lora_a", lora_a, "[r, K]", (None, x.shape[1]), remedy)
+    check_shape("lora_a", lora_a, "[r, K]", (None, k), remedy)
     if lora_a.shape[0] == 0:
         raise ValueError(f"lora_a must be [r, K] with r > 0, got {list(lora_a.shape)}")
     check_shape("lora_b", lora_b, "[N, r]", (n, lora_a.shape[0]), remedy)
-    check_dtype("lora_a", lora_a, (x.dtype, accumulate_dtype(x.dtype)), "convert the adapter or x")
+    check_dtype("lora_a", lora_a, dtypes, f"convert the adapter or {like_name}")
     check_dtype("lora_b", lora_b, (lora_a.dtype,), "lora_a and lora_b have one dtype")
-    check_device("lora_a", lora_a, "x", x)
-    check_device("lora_b", lora_b, "x", x)
+    check_device("lora_a", lora_a, like_name, like)
+    check_device("lora_b", lora_b, like_name, like)
+
+
+def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, n: int) -> None:
+    if lora_a is not None and lora_b is not None:
+        check_lora(lora_a, lora_b, (n, x.shape[1]), (x.dtype, accumulate_dtype(x.dtype)), "x", x)
+    elif lora_a is not lora_b:
+        missing = "lora_a" if lora_a is None else "lora_b"
+        raise ValueError(f"lora_a and lora_b must be given together, got no {missing}")
 
 
 def _check_vector(name: str, vector: torch.Tensor | None, letters: str, size: int, x: torch.Tensor) -> None:

@@ -1,0 +1,78 @@
+"""`DoRALinear`: a frozen linear layer whose rows are given a trainable direction and length."""
+
+import torch
+from torch import nn
+
+from peft_kernels.functional import dora_linear, dora_norm
+from peft_kernels.nn.lora_linear import ADAPTER, LoRALinear
+from peft_kernels.nn.norm_cache import norm_cache
+from peft_kernels.ops.dora.functional import row_scale
+
+
+class DoRALinear(LoRALinear):
+    """y = g * (x W^T + scaling * (x A^T) B^T) + bias, g = m / ||W + scaling * B A||, row by row.
+
+    W and bias are frozen; A [r, K], B [N, r] and the magnitude m [N] are trained. m starts as the norms of
+    the rows of W, so the layer starts as its base layer. The rest is as in `LoRALinear`: arguments,
+    `from_linear`, merging and saving. The magnitude is `lora_magnitude_vector.default.weight`, and
+    `lora_magnitude_vector` in an adapter file, as in PEFT.
+
+    The norms are computed in every call in training mode. In eval mode they are kept until a weight changes,
+    so that the layer costs what LoRA costs; see `peft_kernels.invalidate_norms` for changes that torch does
+    not notice.
+
+    Source: DoRA, arXiv 2402.09353, equation 5.
+    """
+
+    _parts = (*LoRALinear._parts, "lora_magnitude_vector")
+
+    def _add_adapter(self, device: torch.device, dtype: torch.dtype) -> None:
+        super()._add_adapter(device, dtype)
+        magnitude = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
+        self.lora_magnitude_vector = nn.ModuleDict({ADAPTER: nn.ParameterDict({"weight": magnitude})})
+
+    def reset_parameters(self) -> None:
+        """Start afresh: A Kaiming uniform, B zero, the magnitude the norms of the rows of W."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.magnitude.copy_(self._norm())
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """m [N], the parameter."""
+        vectors = self.lora_magnitude_vector[ADAPTER]
+        assert isinstance(vectors, nn.ParameterDict)
+        magnitude: torch.Tensor = vectors["weight"]
+        return magnitude
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to y [..., N], in the dtype of x."""
+        if self.merged:
+            return super().forward(x)
+        lora_a, lora_b = self.adapter
+        return dora_linear(
+            x,
+            self.frozen_weight,
+            lora_a,
+            lora_b,
+            self.magnitude,
+            self.scaling,
+            self.base_layer.bias,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            norm=self._norm(),
+        )
+
+    def _norm(self) -> torch.Tensor:
+        """||W + scaling * B A|| [N]."""
+        base, (lora_a, lora_b) = self.unmerged_base_layer or self.base_layer, self.adapter
+        return norm_cache(self).get(
+            lambda: dora_norm(self.frozen_weight, lora_a, lora_b, self.scaling),
+            (base.weight, lora_a, lora_b),
+            self.scaling,
+            self.training,
+        )
+
+    def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of W + scaling * B A, made as long as the magnitude says."""
+        scale = row_scale(self.magnitude, self._norm())  # [N]
+        return super()._adapted(weight) * scale[:, None]
