@@ -8,72 +8,17 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import numerics
 import peft_kernels as pk
-from factories import WEIGHTS, Problem, make_problem
+from dora_problem import make_dora
+from factories import WEIGHTS
 
 EACH_WEIGHT = pytest.mark.parametrize("weight", WEIGHTS)
-NORM_ERROR = 1e-6  # of dora_norm, where nothing cancels; test_dora_norm.py
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),  # PEFT's default over a 16-bit base
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float32),
 ]
-
-
-class DoRA:
-    """One call of `dora_linear`, and its meaning in float64."""
-
-    def __init__(self, m: int, n: int, k: int, **options: Any) -> None:
-        self.problem: Problem = make_problem(m, n, k, parts=["lora", "bias"], **options)
-        a, b = (self.problem.tensors[name].double() for name in ("lora_a", "lora_b"))
-        self.norm = (self.problem.exact_weight + self.problem.scaling * b @ a).norm(dim=1)
-        magnitude = (self.norm * (1 + 0.2 * torch.randn(n))).to(self.problem.tensors["lora_a"].dtype)
-        self.tensors = {**self.problem.tensors, "magnitude": magnitude}
-
-    def run(self, **overrides: Any) -> torch.Tensor:
-        p = self.problem
-        options = {"weight": p.weight, "scaling": p.scaling, "dropout_p": p.dropout_p, "seed": p.seed}
-        return pk.functional.dora_linear(**options | self.tensors | overrides)
-
-    def formula(self, t: numerics.Tensors, absolute: bool = False) -> torch.Tensor:
-        """With `absolute` on |W| and |scaling|, for magnitudes."""
-        p, g = self.problem, t["magnitude"].double() / self.norm
-        weight, scaling = (p.exact_weight.abs(), abs(p.scaling)) if absolute else (p.exact_weight, p.scaling)
-        x = dropped = t["x"].double()
-        if p.dropout_p:
-            keep = pk.functional.philox_dropout_mask(x.shape, p.dropout_p, p.seed)
-            dropped = x * keep / (1 - p.dropout_p)
-        low = scaling * (dropped @ t["lora_a"].double().t()) @ t["lora_b"].double().t()
-        rest = g + 1 if absolute else g - 1
-        return x @ weight.t() + rest * (dropped @ weight.t()) + g * low + t["bias"].double()
-
-    def check(self, y: torch.Tensor, grads: numerics.Tensors) -> None:
-        """Compare a result and its gradients with float64."""
-        p = self.problem
-        absolute = {name: tensor.abs() for name, tensor in self.tensors.items()}
-        exact = {"y": self.formula(self.tensors), **numerics.gradients(self.formula, self.tensors, p.grad)}
-        size = {"y": self.formula(absolute, absolute=True)}
-        size |= numerics.gradients(lambda t: self.formula(t, absolute=True), absolute, p.grad.abs())
-        roundings = {**p.roundings(), "magnitude": p.roundings()["y"] + p.tensors["x"].shape[0]}
-        for name, got in {"y": y, **grads}.items():
-            assert got.dtype == (p.grad.dtype if name == "y" else self.tensors[name].dtype), name
-            allowed = numerics.bound(exact[name], size[name], roundings[name] + 4, got.dtype)
-            # The norm; z and, with dropout, D(x), x - D(x) and their two results are kept in the dtype of x;
-            # so are a 16-bit GEMM's operands and result, or the weight in bf16 panels.
-            kept = 1 + (2 if p.dropout_p else 0)
-            share = NORM_ERROR + kept * numerics.unit_roundoff(p.grad.dtype) + self.base_roundoff()
-            numerics.assert_within(name, got, exact[name], allowed + share * size[name])
-
-    def base_roundoff(self) -> float:
-        return max(self.problem.base_roundoff(direction) for direction in ("forward", "backward"))
-
-    def run_with_gradients(self) -> tuple[torch.Tensor, numerics.Tensors]:
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in self.tensors.items()}
-        y = self.run(**leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), self.problem.grad)
-        return y.detach(), dict(zip(leaves, grads, strict=True))
 
 
 @EACH_WEIGHT
@@ -85,7 +30,9 @@ def test_against_float64(
     m: int, n: int, k: int, r: int,
 ) -> None:  # fmt: skip
     dtype, adapter_dtype = dtypes
-    dora = DoRA(m, n, k, r=r, weight=weight, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
+    dora = make_dora(
+        m, n, k, r=r, weight=weight, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p
+    )
     dora.check(*dora.run_with_gradients())
 
 
@@ -93,17 +40,17 @@ def test_against_float64(
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_gradcheck_in_float64(weight: str, dropout_p: float) -> None:
     """The norm is a constant: gradcheck gets it from outside."""
-    dora = DoRA(3, 5, 33, r=2, weight=weight, blocksize=32, dtype=torch.float64, dropout_p=dropout_p)
-    names = list(dora.tensors)
+    dora = make_dora(3, 5, 33, r=2, weight=weight, blocksize=32, dtype=torch.float64, dropout_p=dropout_p)
+    names, norm = list(dora.tensors), dora.norm
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
-        return dora.run(**dict(zip(names, tensors, strict=True)), norm=dora.norm)
+        return dora.run(**dict(zip(names, tensors, strict=True)), norm=norm)
 
     assert torch.autograd.gradcheck(call, [dora.tensors[name].requires_grad_() for name in names])
 
 
 def test_no_tokens(backend: str) -> None:
-    dora = DoRA(0, 9, 64, dropout_p=0.3)
+    dora = make_dora(0, 9, 64, dropout_p=0.3)
     y, grads = dora.run_with_gradients()
     assert y.shape == (0, 9)
     assert not grads["magnitude"].any()
@@ -111,7 +58,7 @@ def test_no_tokens(backend: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_every_subset_of_gradients(backend: str, dropout_p: float) -> None:
-    dora = DoRA(4, 9, 48, weight="nf4_double", dropout_p=dropout_p)
+    dora = make_dora(4, 9, 48, weight="nf4_double", dropout_p=dropout_p)
     _, all_grads = dora.run_with_gradients()
     for subset in itertools.chain.from_iterable(
         itertools.combinations(dora.tensors, size) for size in (1, 2, 4)
@@ -129,7 +76,7 @@ def test_every_subset_of_gradients(backend: str, dropout_p: float) -> None:
 def test_saved_for_backward(backend: str, weight: str, dropout_p: float) -> None:
     """x (or D(x)), u [M, r], one z [M, N]; beside these only vectors and the seed."""
     m, n, k, r = 32, 96, 128, 4
-    dora = DoRA(m, n, k, r=r, weight=weight, dropout_p=dropout_p)
+    dora = make_dora(m, n, k, r=r, weight=weight, dropout_p=dropout_p)
     leaves = {name: t.detach().requires_grad_() for name, t in dora.tensors.items()}
     saved: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -146,11 +93,11 @@ def test_saved_for_backward(backend: str, weight: str, dropout_p: float) -> None
 
 
 def test_a_zero_row_gives_the_bias_and_finite_gradients(backend: str) -> None:
-    dora = DoRA(6, 9, 64, weight="dense")
+    dora = make_dora(6, 9, 64, weight="dense")
     dora.problem.weight[4] = 0.0
     dora.tensors["lora_b"][4] = 0.0
     for magnitude in (0.0, 1.0):
-        dora.tensors["magnitude"][4] = magnitude
+        dora.magnitude[4] = magnitude
         y, grads = dora.run_with_gradients()
         assert torch.equal(y[:, 4], dora.tensors["bias"][4].expand(6))
         assert all(grad.isfinite().all() for grad in grads.values())
@@ -159,7 +106,7 @@ def test_a_zero_row_gives_the_bias_and_finite_gradients(backend: str) -> None:
 
 def test_starts_as_the_base_layer(backend: str) -> None:
     """B = 0 and magnitude = norm: g is exactly one."""
-    dora = DoRA(6, 9, 64, weight="nf4")
+    dora = make_dora(6, 9, 64, weight="nf4")
     b = torch.zeros_like(dora.tensors["lora_b"])
     norm = pk.functional.dora_norm(dora.problem.weight, dora.tensors["lora_a"], b, 1.0)
     y = dora.run(lora_b=b, magnitude=norm)
@@ -168,7 +115,7 @@ def test_starts_as_the_base_layer(backend: str) -> None:
 
 
 def test_given_norm_is_used(backend: str) -> None:
-    dora = DoRA(6, 9, 64)
+    dora = make_dora(6, 9, 64)
     t, p = dora.tensors, dora.problem
     norm = pk.functional.dora_norm(p.weight, t["lora_a"], t["lora_b"], p.scaling)
     assert torch.equal(dora.run(norm=norm), dora.run())
@@ -179,7 +126,7 @@ def test_given_norm_is_used(backend: str) -> None:
 
 
 def test_scaling_as_a_trained_tensor(backend: str) -> None:
-    dora = DoRA(6, 9, 64, weight="dense")
+    dora = make_dora(6, 9, 64, weight="dense")
     scaling = torch.tensor(dora.problem.scaling, requires_grad=True)
     y = dora.run(scaling=scaling)
     torch.testing.assert_close(y, dora.run(), rtol=1e-5, atol=1e-5)
@@ -193,7 +140,7 @@ def test_scaling_as_a_trained_tensor(backend: str) -> None:
 @EACH_WEIGHT
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_compile_equals_eager(weight: str, dropout_p: float, fresh_compiler: None) -> None:
-    dora = DoRA(6, 12, 64, weight=weight, dropout_p=dropout_p)
+    dora = make_dora(6, 12, 64, weight=weight, dropout_p=dropout_p)
     dora.problem.scaling = -2.0  # torch.compile multiplies it into lora_b: a power of two brings no rounding
     expected, grads = dora.run_with_gradients()
     leaves = {name: t.detach().requires_grad_() for name, t in dora.tensors.items()}
@@ -207,7 +154,7 @@ def test_compile_equals_eager(weight: str, dropout_p: float, fresh_compiler: Non
 
 
 def test_autocast(backend: str) -> None:
-    dora = DoRA(6, 12, 64, weight="dense")
+    dora = make_dora(6, 12, 64, weight="dense")
     with torch.autocast("cpu", torch.bfloat16):
         y = dora.run()
     assert y.dtype == torch.bfloat16
@@ -219,7 +166,7 @@ def test_autocast(backend: str) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(backend: str, use_reentrant: bool) -> None:
-    dora = DoRA(6, 12, 64, dropout_p=0.3)
+    dora = make_dora(6, 12, 64, dropout_p=0.3)
     dora.problem.seed = None  # drawn anew, and the same one in the recomputation
     results = []
     for wrap in (False, True):
@@ -237,14 +184,14 @@ def test_checkpointing(backend: str, use_reentrant: bool) -> None:
 
 
 def test_inference_mode_and_leading_dimensions(backend: str) -> None:
-    dora = DoRA(6, 12, 64)
+    dora = make_dora(6, 12, 64)
     with torch.inference_mode():
         y = dora.run(x=dora.tensors["x"].reshape(2, 3, 64))
     assert torch.equal(y.reshape(6, 12), dora.run())
 
 
 def test_inputs_are_not_changed(backend: str) -> None:
-    dora = DoRA(6, 12, 64, weight="dense", dropout_p=0.3)
+    dora = make_dora(6, 12, 64, weight="dense", dropout_p=0.3)
     before = {name: tensor.clone() for name, tensor in dora.tensors.items()}
     weight = dora.problem.weight.clone()
     dora.run_with_gradients()
@@ -254,7 +201,7 @@ def test_inputs_are_not_changed(backend: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_same_bits_for_any_number_of_threads(dropout_p: float) -> None:
-    dora = DoRA(40, 150, 192, weight="nf4_double", dropout_p=dropout_p)
+    dora = make_dora(40, 150, 192, weight="nf4_double", dropout_p=dropout_p)
     expected, expected_grads = dora.run_with_gradients()
     for threads in (2, 7, 3):
         torch.set_num_threads(threads)
