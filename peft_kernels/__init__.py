@@ -9,7 +9,7 @@
 
 from peft_kernels import functional, nn
 from peft_kernels.core.backend import use_backend
-from peft_kernels.nn.norm_cache import invalidate_norms
+from peft_kernels.nn.scale_cache import invalidate_norms
 from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery import explain, replace_layers, restore_layers
 

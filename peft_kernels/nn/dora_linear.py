@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from peft_kernels.functional import dora_linear, dora_norm
+from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
 from peft_kernels.nn.lora_linear import ADAPTER, LoRALinear
-from peft_kernels.nn.norm_cache import norm_cache
+from peft_kernels.nn.scale_cache import scale_cache
 from peft_kernels.ops.dora.functional import row_scale
 
 
@@ -49,28 +49,27 @@ class DoRALinear(LoRALinear):
         """x [..., K] to y [..., N], in the dtype of x."""
         if self.merged:
             return super().forward(x)
-        lora_a, lora_b = self.adapter
-        return dora_linear(
+        (lora_a, lora_b), bias = self.adapter, self.base_layer.bias
+        if self.training:
+            scale_cache(self).clear()
+            return dora_linear(
+                x, self.frozen_weight, lora_a, lora_b, self.magnitude, self.scaling, bias, self.lora_dropout
+            )
+        return adapted_linear(
             x,
             self.frozen_weight,
-            lora_a,
-            lora_b,
-            self.magnitude,
-            self.scaling,
-            self.base_layer.bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            norm=self._norm(),
+            lora_a=lora_a,
+            lora_b=lora_b,
+            scaling=self.scaling,
+            column_scale=scale_cache(self).scale(
+                self.frozen_weight, self.base_layer.weight, lora_a, lora_b, self.magnitude, self.scaling
+            ),
+            bias=bias,
         )
 
     def _norm(self) -> torch.Tensor:
         """||W + scaling * B A|| [N]."""
-        base, (lora_a, lora_b) = self.unmerged_base_layer or self.base_layer, self.adapter
-        return norm_cache(self).get(
-            lambda: dora_norm(self.frozen_weight, lora_a, lora_b, self.scaling),
-            (base.weight, lora_a, lora_b),
-            self.scaling,
-            self.training,
-        )
+        return dora_norm(self.frozen_weight, *self.adapter, self.scaling)
 
     def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows of W + scaling * B A, made as long as the magnitude says."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
+from peft_kernels.functional import adapted_linear, dora_linear
 from peft_kernels.nn.dropout import PhiloxDropout
-from peft_kernels.nn.norm_cache import norm_cache
 from peft_kernels.nn.plain_linear import bypass_reason
+from peft_kernels.nn.scale_cache import scale_cache
 from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery.bitsandbytes_linear import Operands, autocast_off
 from peft_kernels.surgery.peft_common import (
@@ -180,13 +180,23 @@ def _run(
 ) -> torch.Tensor:
     """The layer's output for x in its compute dtype."""
     a, b, scaling, dropout_p, magnitude = adapter
-    if magnitude is None:
-        return adapted_linear(x, weight, lora_a=a, lora_b=b, scaling=scaling, bias=bias, dropout_p=dropout_p)
-    base: Any = layer.base_layer
-    norm = norm_cache(layer).get(
-        lambda: dora_norm(weight, a, b, scaling), (base.weight, a, b), scaling, layer.training
+    column_scale = None
+    if magnitude is not None:
+        if layer.training:
+            scale_cache(layer).clear()
+            return dora_linear(x, weight, a, b, magnitude, scaling, bias, dropout_p)
+        base: Any = layer.base_layer
+        column_scale = scale_cache(layer).scale(weight, base.weight, a, b, magnitude, scaling)
+    return adapted_linear(
+        x,
+        weight,
+        lora_a=a,
+        lora_b=b,
+        scaling=scaling,
+        column_scale=column_scale,
+        bias=bias,
+        dropout_p=dropout_p,
     )
-    return dora_linear(x, weight, a, b, magnitude, scaling, bias, dropout_p, norm=norm)
 
 
 def _dropout_reason(dropout: Any) -> str:

@@ -35,7 +35,7 @@ class FusedLayer(nn.Module):
     handler: ClassVar[type["FusedLayer"]]
 
     # What fused layers add to their __dict__: not copied, not pickled, not left behind.
-    scratch: ClassVar[tuple[str, ...]] = ("_nf4_cache", "_norm_cache", "_stock_reason")
+    scratch: ClassVar[tuple[str, ...]] = ("_nf4_cache", "_scale_cache", "_stock_reason")
 
     @staticmethod
     def status(layer: nn.Module) -> Status:

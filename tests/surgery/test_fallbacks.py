@@ -224,7 +224,6 @@ def test_a_state_that_ends_leaves_the_layer_fused(base: str) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"use_dora": True}, "adapter variant DoraLinearVariant"),
         ({"lora_bias": True}, "lora_bias: the adapter has a bias"),
         ({"alora_invocation_tokens": [1]}, "adapter variant ALoraLinearVariant"),
     ],

@@ -111,12 +111,12 @@ def test_a_failing_report_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strict_names_every_layer_and_changes_nothing() -> None:
-    model = make_mlp(use_dora=True)
+    model = make_mlp(lora_bias=True)
     before = types_of(model)
     with pytest.raises(ValueError, match="2 of 2 cannot") as error:
         replace_layers(model, strict=True)
-    assert "base_model.model.0: adapter variant DoraLinearVariant" in str(error.value)
-    assert "base_model.model.2: adapter variant DoraLinearVariant" in str(error.value)
+    assert "base_model.model.0: lora_bias: the adapter has a bias" in str(error.value)
+    assert "base_model.model.2: lora_bias: the adapter has a bias" in str(error.value)
     assert types_of(model) == before
 
 

@@ -9,7 +9,7 @@ from peft_models import assert_close, layer, make_mlp, pair
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_kernels.functional import lora_linear
+from peft_kernels.functional import adapted_linear
 from peft_kernels.surgery import explain, peft_lora, replace_layers
 
 
@@ -45,7 +45,11 @@ def test_fully_shard(process_group: None, monkeypatch: pytest.MonkeyPatch) -> No
         fully_shard(layer(fused, name), mesh=dist.init_device_mesh("cpu", (1,)))
     assert {row.reason for row in explain(fused)} == {"lora_A: its weight is a DTensor, not a Parameter"}
     calls = []
-    monkeypatch.setattr(peft_lora, "lora_linear", lambda *args: calls.append(args) or lora_linear(*args))
+    monkeypatch.setattr(
+        peft_lora,
+        "adapted_linear",
+        lambda *args, **parts: calls.append(args) or adapted_linear(*args, **parts),
+    )
     x = torch.randn(3, 64)
     y, expected = fused(x), stock(x)
     assert len(calls) == 2
