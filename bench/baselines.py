@@ -156,13 +156,15 @@ def dense_module(weight: Tensor) -> nn.Linear:
 
 
 def peft_layer(
-    base: nn.Module, r: int, scaling: float, p: float, lora_a: Tensor, lora_b: Tensor
+    base: nn.Module, r: int, scaling: float, p: float, lora_a: Tensor, lora_b: Tensor, use_dora: bool = False
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """PEFT's LoRA layer over `base`, in training mode, with its own copies of A and B."""
+    """PEFT's LoRA or DoRA layer over `base`, in training mode, with its own copies of A and B."""
     peft = require("peft")
     model = nn.Module()
     model.proj = base
-    config = peft.LoraConfig(r=r, lora_alpha=scaling * r, lora_dropout=p, target_modules=["proj"])
+    config = peft.LoraConfig(
+        r=r, lora_alpha=scaling * r, lora_dropout=p, target_modules=["proj"], use_dora=use_dora
+    )
     peft.inject_adapter_in_model(config, model)
     layer: Any = model.proj.train()
     own_a, own_b = (nn.Parameter(values.detach().clone()) for values in (lora_a, lora_b))

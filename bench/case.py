@@ -13,8 +13,8 @@ Direction = Literal["forward", "backward", "both"]
 WeightKind = Literal["none", "dense", "nf4", "nf4_double"]
 
 OURS = "peft_kernels"
-NO_DROPOUT, PLAIN_SCALES = "ours-no-dropout", "ours-plain-scales"
-OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES)  # ours on an easier problem: what a part costs
+NO_DROPOUT, PLAIN_SCALES, OURS_LORA = "ours-no-dropout", "ours-plain-scales", "ours-lora"
+OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES, OURS_LORA)  # ours on an easier problem: what a part costs
 EXACT = "ours-exact"  # ours without rounding activations to int8
 TUNED_SUFFIX = "-tuned"  # "<baseline>-tuned" is that baseline in a process whose allocator keeps freed pages
 BASELINES = (

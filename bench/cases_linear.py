@@ -108,7 +108,7 @@ def baselines_of(case: Case) -> tuple[str, ...]:
 def prepare(case: Case) -> Prepared:
     """Prepare any `nf4_linear`, `nf4_lora_linear` or `lora_linear` case."""
     torch.manual_seed(0)
-    layer = _layer(case)
+    layer = make_layer(case)
     quantized = case.weight != "dense"
     first = layer.weights[0]
     dense = baselines.eager_dequantize(first.shape, *baselines.eager_operands(first)) if quantized else first
@@ -128,7 +128,7 @@ def prepare(case: Case) -> Prepared:
             return expected(None)
         return expected(OURS if contestant in (OURS, PLAIN_SCALES) else "torch")
 
-    read_bytes, write_bytes = _bytes(case)
+    read_bytes, write_bytes = linear_bytes(case)
     return Prepared(
         contestants={
             OURS: lambda: _ours(layer),
@@ -142,7 +142,7 @@ def prepare(case: Case) -> Prepared:
             PLAIN_SCALES: lambda: _ours(_with_plain_scales(layer)),
         },
         oracle=oracle,
-        flops=_flops(case),
+        flops=linear_flops(case),
         read_bytes=read_bytes,
         write_bytes=write_bytes,
         copies=len(layer.weights),
@@ -158,13 +158,14 @@ def weight_roundoffs(case: Case) -> dict[str, float]:
     return {name: unit_roundoff(torch.bfloat16) for name, how in methods.items() if how == "bf16 panels"}
 
 
-def _layer(case: Case) -> Layer:
+def make_layer(case: Case) -> Layer:
+    """Random tensors of a case, with copies of the weight that are too many for the cache."""
     dtype, trained = case.torch_dtype, case.direction != "forward"
     if case.weight == "dense":
         first: Any = (torch.randn(case.n, case.k) / case.k**0.5).to(dtype)
     else:
         first = quantized_weight(case)
-    copies = weight_copies(_weight_bytes(case))
+    copies = weight_copies(weight_bytes(case))
     return Layer(
         case,
         x=torch.randn(case.m, case.k).to(dtype).requires_grad_(trained),
@@ -274,21 +275,22 @@ def _peft(layer: Layer) -> list[Program]:
     return programs
 
 
-def _weight_bytes(case: Case) -> int:
+def weight_bytes(case: Case) -> int:
+    """Of one copy of the weight."""
     return case.n * case.k * case.element_size if case.weight == "dense" else quantized_bytes(case)
 
 
-def _flops(case: Case) -> int:
+def linear_flops(case: Case) -> int:
     """2MNK for a base product, 2Mr(K+N) for the low-rank part, twice that for its gradients."""
     base, low_rank = 2 * case.m * case.n * case.k, 2 * case.m * case.r * (case.k + case.n)
     forward, backward = base + low_rank, base + 2 * low_rank
     return {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
 
 
-def _bytes(case: Case) -> tuple[int, int]:
+def linear_bytes(case: Case) -> tuple[int, int]:
     """(read, written): weight, adapters, x and dL/dy once per pass that needs them; y and gradients once."""
     x, y, adapters = case.m * case.k, case.m * case.n, case.r * (case.k + case.n)
-    weight, size = _weight_bytes(case), case.element_size
+    weight, size = weight_bytes(case), case.element_size
     forward = (weight + size * (x + adapters), size * y)
     backward = (weight + size * (y + adapters + (x if case.r else 0)), size * (x + adapters))
     both = (forward[0] + backward[0], forward[1] + backward[1])

@@ -49,20 +49,20 @@ class DoRALinear(LoRALinear):
         """x [..., K] to y [..., N], in the dtype of x."""
         if self.merged:
             return super().forward(x)
-        (lora_a, lora_b), bias = self.adapter, self.base_layer.bias
+        weight, (lora_a, lora_b), bias = self.frozen_weight, self.adapter, self.base_layer.bias
         if self.training:
             scale_cache(self).clear()
             return dora_linear(
-                x, self.frozen_weight, lora_a, lora_b, self.magnitude, self.scaling, bias, self.lora_dropout
+                x, weight, lora_a, lora_b, self.magnitude, self.scaling, bias, self.lora_dropout
             )
         return adapted_linear(
             x,
-            self.frozen_weight,
+            weight,
             lora_a=lora_a,
             lora_b=lora_b,
             scaling=self.scaling,
             column_scale=scale_cache(self).scale(
-                self.frozen_weight, self.base_layer.weight, lora_a, lora_b, self.magnitude, self.scaling
+                weight, self.base_layer.weight, lora_a, lora_b, self.magnitude, self.scaling
             ),
             bias=bias,
         )

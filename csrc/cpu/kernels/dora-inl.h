@@ -61,17 +61,18 @@ struct NormRows {
                                   scales + ((k >> p.nf4.blocksize_log2) - first_block), blocks, panel);
       return panel;
     }
+    // Reading `rows` rows side by side defeats the processor's own prefetching; so as much of the next task's rows is
+    // fetched meanwhile, in the order of memory.
+    const int64_t size = p.dense.dtype == DType::kFloat32 ? 4 : 2;
+    const char* w = static_cast<const char*>(p.dense.data) + n0 * p.in_features * size;
+    const char* next = w + rows * (p.in_features + k) * size;
+    for (int64_t i = 0; i < rows * kPanelColumns * size; i += kCacheLine) prefetch(next + i);
     if (p.dense.dtype != DType::kFloat32 || columns < kPanelColumns) {
       load_block(p.dense, p.in_features, n0, rows, k, columns, kPanelColumns, panel);
       return panel;
     }
-    // Reading `rows` rows side by side defeats the processor's own prefetching; so as much of the next task's rows is
-    // fetched meanwhile, in the order of memory.
-    const float* w = static_cast<const float*>(p.dense.data) + n0 * p.in_features;
-    const float* next = w + rows * (p.in_features + k);
-    for (int64_t i = 0; i < rows * kPanelColumns; i += kCacheLine / 4) prefetch(next + i);
     ld = p.in_features;
-    return w + k;
+    return reinterpret_cast<const float*>(w) + k;
   }
 };
 
