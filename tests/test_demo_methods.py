@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import demo_methods
@@ -183,7 +184,7 @@ def test_words_are_split_in_three():
 
 
 def test_best_rate_is_the_most_accurate_and_of_equals_the_lowest():
-    assert tuning.best_rate([0.1, 0.7, 0.9, 0.9, 0.2, 0.1, 0.0]) == tuning.RATES[2]
+    assert tuning.best_rate([0.1, 0.7, 0.9, 0.9, 0.2, 0.1, 0.0, 0.0]) == tuning.RATES[2]
 
 
 def test_learning_rates_are_those_that_the_page_shows_to_be_best():
@@ -231,6 +232,16 @@ def test_every_layer_runs_fused(name):
     assert layers.all_fused, layers
 
 
+def test_a_layer_that_falls_back_is_not_counted_as_fused():
+    model = BY_NAME["LoRA"].build(0)
+    query = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
+    query.eval()(torch.ones(1, 384), adapter_names=["default"])
+    layers = layers_of(model)
+    assert (layers.fused, layers.total, layers.stock_tensors) == (36, 37, 2)
+    assert "query: last call ran the stock forward" in layers.fell_back[0]
+
+
+@pytest.mark.slow
 def test_a_few_steps_of_every_method(monkeypatch):
     monkeypatch.setattr(comparison, "load_words", lambda: load_words()[::20])
     screen = io.StringIO()

@@ -97,9 +97,10 @@ def step_peak_bytes(method: Method, model: nn.Module, batch: dict[str, Tensor]) 
 def layers_of(model: nn.Module) -> Layers:
     """Which layers of a model run fused, after a call: those that fell back in it do not."""
     report = pk.explain(model)
-    fused = [row.name for row in report.fused if not row.reason]
-    fell_back = [f"{row.name}: {row.reason}" for row in report.fused if row.reason]
+    fell_back = {row.name: row.reason for row in report.fused if "ran the stock forward" in row.reason}
+    fused = [row.name for row in report.fused if row.name not in fell_back]
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     adapter = [name for name in trained if "classifier" not in name]
     stock = [name for name in adapter if not any(name.startswith(f"{layer}.") for layer in fused)]
-    return Layers(len(fused), len(report), len(adapter), len(stock), tuple(fell_back))
+    reasons = tuple(f"{name}: {reason}" for name, reason in fell_back.items())
+    return Layers(len(fused), len(report), len(adapter), len(stock), reasons)

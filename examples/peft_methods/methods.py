@@ -41,7 +41,8 @@ class Method:
         """The model with its optimiser."""
         if self.ratio is None:
             return Trainer(model, steps, learning_rate)
-        groups = pk.optim.loraplus_param_groups(model, learning_rate, self.ratio, weight_decay=0.01)
+        decay = 0.01  # the default of AdamW, which the others train with
+        groups = pk.optim.loraplus_param_groups(model, learning_rate, self.ratio, weight_decay=decay)
         return Trainer(model, steps, learning_rate, groups)
 
 
@@ -87,13 +88,13 @@ def add_bottleneck(encoder: Encoder, seed: int) -> nn.Module:
     return encoder
 
 
-PROBE = Method("frozen probe", frozen_probe, 3e-2)
+PROBE = Method("frozen probe", frozen_probe, 1e-1)
 METHODS = (
     PROBE,
-    Method("IA3", add_ia3, 1e-2),
+    Method("IA3", add_ia3, 3e-2),
     Method("LoRA", add_lora, 1e-3),
     Method("rsLoRA", add_rslora, 1e-3),
     Method("LoRA+", add_lora, 3e-4, ratio=16.0),
     Method("DoRA", add_dora, 1e-3),
-    Method("bottleneck", add_bottleneck, 1e-3),
+    Method("bottleneck", add_bottleneck, 3e-3),
 )

@@ -13,7 +13,7 @@ from word_polarity.progress import step_progress
 from word_polarity.training import accuracy, train_in_turn
 from word_polarity.words import shuffled_batches
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEED = 100  # none of those that the results are reported for
 
 
