@@ -48,7 +48,7 @@ def compare(
         trained = pk.trainable_parameters(model).trainable
         console.print(f"{method.name:14}{trained:>9,} parameters  {layers_of(model).summary}")
 
-    console.rule(f"[bold]3. Training all of them in turn, {len(seeds)} times", align="left")
+    console.rule(f"[bold]3. Training all of them in turn (seeds: {len(seeds)})", align="left")
     runs: list[list[Run]] = [[] for _ in methods]
     with step_progress(console) as progress:
         task = progress.add_task("", total=len(seeds) * steps)
@@ -66,7 +66,9 @@ def compare(
         Result(method.name, method.learning_rate, peak, tuple(done))
         for method, peak, done in zip(methods, peaks, runs, strict=True)
     ]
-    return Outcome(tuple(results), majority_share(test_words), tuple(seeds), steps, batch_size)
+    return Outcome(
+        tuple(results), majority_share(test_words), len(test_words), tuple(seeds), steps, batch_size
+    )
 
 
 def finished(trainer: Trainer, test_words: Sequence[Word], tokenizer: Tokenizer) -> Run:

@@ -25,7 +25,7 @@ def save_plot(outcome: Outcome, path: Path) -> None:
             result.accuracy,
             [[below], [above]],
             marker=marker,
-            markersize=8,
+            markersize=6,
             capsize=4,
             linestyle="none",
             label=f"{result.name}, {1e3 * result.seconds:.0f} ms",

@@ -3,12 +3,15 @@
 import itertools
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from peft_kernels.parameters import TrainableParameters
+
+SAME_COST = 0.05  # the times of LoRA, rsLoRA and LoRA+, which do the same work, differ by up to 3 %
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Outcome:
     Attributes:
         results: one per method.
         majority: accuracy of always answering with the more frequent class.
+        test_words: how many words the accuracies are shares of.
         seeds: of the repetitions.
         steps: training steps per repetition.
         batch_size: words per step.
@@ -129,6 +133,7 @@ class Outcome:
 
     results: tuple[Result, ...]
     majority: float
+    test_words: int
     seeds: tuple[int, ...]
     steps: int
     batch_size: int
@@ -143,6 +148,16 @@ class Outcome:
         """All others."""
         return self.results[1:]
 
+    def told_apart(self, better: Result, worse: Result) -> bool:
+        """Whether neither the seeds nor the choice of the test words explain that one is better.
+
+        With every seed it is, and the means differ by more than two standard errors of the difference of two
+        shares of n words, 2 sqrt(2 p (1 - p) / n). As all methods are tested on the same words, that is more
+        than needed.
+        """
+        error = math.sqrt(2 * better.accuracy * (1 - better.accuracy) / self.test_words)
+        return better.lowest > worse.highest and better.accuracy - worse.accuracy > 2 * error
+
 
 def failures(outcome: Outcome) -> list[str]:
     """A sentence for everything that is not as promised; empty when all is well."""
@@ -153,10 +168,11 @@ def failures(outcome: Outcome) -> list[str]:
             f"The {probe.name} learns nothing: {probe.lowest:.1%}, and guessing gives {outcome.majority:.1%}."
         )
     for result in outcome.adapted:
-        if not result.lowest > probe.highest:
+        if not outcome.told_apart(result, probe):
             sentences.append(
-                f"{result.name} is not better than the {probe.name} with every seed: "
-                f"{result.lowest:.1%} at worst, against {probe.highest:.1%} at best."
+                f"{result.name} is not clearly better than the {probe.name}: "
+                f"{result.accuracy:.1%} on average and {result.lowest:.1%} at worst, "
+                f"against {probe.accuracy:.1%} and {probe.highest:.1%} at best."
             )
     for result in outcome.results:
         if not all(math.isfinite(loss) for run in result.runs for loss in run.losses):
@@ -170,23 +186,14 @@ def failures(outcome: Outcome) -> list[str]:
 
 
 def conclusions(outcome: Outcome) -> list[str]:
-    """What the figures say about the choice, in sentences.
-
-    Two methods whose ranges over the seeds overlap are not told apart.
-    """
+    """What the figures say about the choice, in sentences."""
     probe = outcome.probe
     best = max(outcome.results, key=lambda result: result.accuracy)
-    rivals = [result for result in outcome.results if result.highest >= best.lowest]
+    rivals = [result for result in outcome.results if not outcome.told_apart(best, result)]
     sentences = [f"Most accurate on average: {best.name}, {best.accuracy:.1%}."]
     if len(rivals) > 1:
-        others = " and ".join(", ".join(r.name for r in rivals if r is not best).rsplit(", ", 1))
-        fastest = min(rivals, key=lambda result: result.seconds)
-        leanest = min(rivals, key=lambda result: result.peak_bytes)
-        fewest = min(rivals, key=lambda result: result.trainable)
-        sentences.append(
-            f"The seeds do not tell it apart from {others}. Of all these, {fastest.name} takes the least "
-            f"time per step, {leanest.name} the least memory, {fewest.name} the fewest parameters."
-        )
+        others = listing([result.name for result in rivals if result is not best])
+        sentences.append(f"Seeds and test words do not tell it apart from {others}. {cheapest(rivals)}")
     smallest = min(outcome.adapted, key=lambda result: result.trainable)
     if best not in (probe, smallest):
         gained = (smallest.accuracy - probe.accuracy) / (best.accuracy - probe.accuracy)
@@ -197,6 +204,27 @@ def conclusions(outcome: Outcome) -> list[str]:
             f"{smallest.peak_bytes / best.peak_bytes:.0%} of its memory."
         )
     return sentences
+
+
+def cheapest(results: Sequence[Result]) -> str:
+    """Which of them cost least; what differs by less than `SAME_COST` counts as equal."""
+    costs: dict[str, Callable[[Result], float]] = {
+        "time per step": lambda result: result.seconds,
+        "memory": lambda result: result.peak_bytes,
+        "parameters": lambda result: result.trainable,
+    }
+    winners: dict[str, list[str]] = {}  # names -> what they are cheapest in
+    for cost, of in costs.items():
+        limit = (1 + SAME_COST) * min(map(of, results))
+        names = listing([result.name for result in results if of(result) <= limit])
+        winners.setdefault(names, []).append(cost)
+    parts = "; ".join(f"in {listing(kinds)}: {names}" for names, kinds in winners.items())
+    return f"Cheapest of these {len(results)}, to within {SAME_COST:.0%}, {parts}."
+
+
+def listing(names: Sequence[str]) -> str:
+    """A, B and C."""
+    return " and ".join(", ".join(names).rsplit(", ", 1))
 
 
 def stock_notes(outcome: Outcome) -> list[str]:
@@ -210,8 +238,8 @@ def stock_notes(outcome: Outcome) -> list[str]:
 
 def table(outcome: Outcome) -> Table:
     """A row per method."""
-    columns = ("trained", "ms/step", "MiB", "accuracy (range)", "fused")
-    result = Table("method", *columns, title=f"Result, {len(outcome.seeds)} seeds", title_justify="left")
+    columns = ("trained", "ms/step", "peak MiB", "accuracy (range)", "fused")
+    result = Table("method", *columns, title=f"Result (seeds: {len(outcome.seeds)})", title_justify="left")
     for column in result.columns:
         column.no_wrap = True
     for column in result.columns[1:]:
@@ -235,6 +263,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.steps,
         "batch_size": outcome.batch_size,
         "majority_accuracy": outcome.majority,
+        "test_words": outcome.test_words,
         "methods": [
             {
                 "name": row.name,
