@@ -132,6 +132,14 @@ def test_4bit_weights_count_alike_after_bitsandbytes_has_rearranged_them():
     assert pk.trainable_parameters(base).total == 64 * 32 + 32
 
 
+def test_parameters_that_deepspeed_has_sharded_count_in_full():
+    """ZeRO-3 leaves an empty tensor that knows its former size, as PEFT reads it."""
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight.data = torch.empty(0)
+    linear.weight.ds_numel = 12
+    assert pk.trainable_parameters(linear).total == 12
+
+
 def test_our_qlora_layer():
     linear = pk.nn.LoRALinear.from_linear(pk.nn.NF4Linear.from_linear(nn.Linear(64, 32)), r=RANK)
     counted = pk.trainable_parameters(linear)

@@ -34,8 +34,8 @@ def save_plot(outcome: Outcome, path: Path) -> None:
         xscale="log",
         xlabel="trainable parameters (equal numbers are drawn side by side)",
         ylabel=f"accuracy on unseen words (guessing: {outcome.majority:.0%})",
-        title=f"Word polarity: 4-bit MiniLM, {outcome.steps} steps, mean and range of "
-        f"{len(outcome.seeds)} seeds",
+        title=f"Word polarity: 4-bit MiniLM, {outcome.steps} steps; mean and range "
+        f"(seeds: {len(outcome.seeds)})",
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(alpha=0.3)
