@@ -8,14 +8,13 @@ adapter gives equal outputs; otherwise 1, with a sentence saying what failed. Th
 """
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+
+from word_polarity.quiet import keep_libraries_quiet
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,22 +32,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
     return options
-
-
-def keep_libraries_quiet() -> None:
-    """Leave the screen to the demo and the network alone; to be called before the libraries are imported."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it reports that the head is new, as it should be
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces its starts and stops
-    # bitsandbytes recommends another package where the processor has bf16 instructions
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # peft 0.21 asks transformers 5 for a property by its former name
-    warnings.filterwarnings(
-        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,13 +4,15 @@
 >>> report = pk.replace_layers(model)  # a model with PEFT or bitsandbytes layers: same numbers, same keys
 >>> print(report)                      # per layer: fused or left alone, and why
 
-`pk.functional` has the ops, `pk.nn` the layers; `python -m peft_kernels` says what runs on this machine.
+`pk.functional` has the ops, `pk.nn` the layers, `pk.optim` parameter groups for optimisers;
+`python -m peft_kernels` says what runs on this machine.
 """
 
-from peft_kernels import functional, nn
+from peft_kernels import functional, nn, optim
 from peft_kernels.core.backend import use_backend
 from peft_kernels.nn.scale_cache import invalidate_norms
 from peft_kernels.ops.nf4.weight import NF4Weight
+from peft_kernels.parameters import trainable_parameters
 from peft_kernels.surgery import explain, replace_layers, restore_layers
 
 __version__ = "0.1.0"
@@ -22,7 +24,9 @@ __all__ = [
     "functional",
     "invalidate_norms",
     "nn",
+    "optim",
     "replace_layers",
     "restore_layers",
+    "trainable_parameters",
     "use_backend",
 ]

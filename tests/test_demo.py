@@ -20,7 +20,7 @@ from word_polarity import comparison
 from word_polarity.encoder import Tokenizer, add_lora, load_encoder, share_dropout_masks
 from word_polarity.memory import peak_bytes, saved_for_backward_bytes
 from word_polarity.results import TOLERANCE, Outcome, Run, failures, notes, relative_differences
-from word_polarity.training import Trainer, median_seconds, train_side_by_side
+from word_polarity.training import Trainer, median_seconds, train_in_turn, train_side_by_side
 from word_polarity.words import Word, load_words, majority_share, parse_lexicon, shuffled_batches, split_words
 
 # peft 0.21 asks transformers 5 for a property by its former name
@@ -109,6 +109,21 @@ def test_median_seconds_are_in_the_order_of_the_runs():
     slow, fast = median_seconds([lambda: calls.append(sum(range(10**6))), lambda: calls.append(0)], rounds=3)
     assert slow > fast > 0
     assert len(calls) == 6
+
+
+def test_models_take_turns_at_going_first_on_the_same_batches_and_seeds():
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self, batch, seed):
+            calls.append((self.name, batch, seed))
+
+    steps = list(train_in_turn([Recorder(name) for name in "abc"], ["x", "y"], seed=7))
+    assert steps == [1, 2]
+    assert calls == [("a", "x", 7), ("b", "x", 7), ("c", "x", 7), ("b", "y", 8), ("c", "y", 8), ("a", "y", 8)]
 
 
 def outcome(**changes) -> Outcome:

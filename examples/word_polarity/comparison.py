@@ -9,12 +9,12 @@ from pathlib import Path
 
 import peft
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import peft_kernels as pk
 from word_polarity.encoder import Tokenizer, add_lora, load_encoder, share_dropout_masks
 from word_polarity.memory import peak_bytes, saved_for_backward_bytes
+from word_polarity.progress import step_progress
 from word_polarity.results import Outcome, Run, relative_differences
 from word_polarity.training import Trainer, accuracy, forward_backward, median_seconds, train_side_by_side
 from word_polarity.words import Word, load_words, majority_share, shuffled_batches, split_words
@@ -62,7 +62,7 @@ def compare(steps: int, batch_size: int, adapter: Path, console: Console) -> Out
     console.print(f"Loaded by PEFT, without our layers: outputs agree to {reload_difference:.1e}.")
 
     def run(name: str, trainer: Trainer, memory: tuple[int, int]) -> Run:
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainable = pk.trainable_parameters(trainer.model).trainable
         right = accuracy(trainer.model, test_words, tokenizer)
         return Run(name, trainer.losses, trainer.seconds, right, *memory, trainable)
 
@@ -94,8 +94,7 @@ def train_with_progress(
     stock: Trainer, fused: Trainer, batches: Sequence[dict[str, Tensor]], console: Console
 ) -> None:
     """Train both, showing loss and time per step of each."""
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with step_progress(console) as progress:
         task = progress.add_task("", total=len(batches))
         for step in train_side_by_side(stock, fused, batches):
             stock_ms, fused_ms = (1e3 * statistics.median(run.seconds[-50:]) for run in (stock, fused))

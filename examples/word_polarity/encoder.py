@@ -40,7 +40,7 @@ def load_encoder(seed: int) -> Encoder:
     return encoder
 
 
-def add_lora(encoder: Encoder, seed: int) -> peft.PeftModel:
+def add_lora(encoder: Encoder, seed: int, use_rslora: bool = False, use_dora: bool = False) -> peft.PeftModel:
     """Put LoRA (r = 8, dropout 0.05) on every linear layer but the head; `seed` initialises it."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -49,6 +49,8 @@ def add_lora(encoder: Encoder, seed: int) -> peft.PeftModel:
         lora_alpha=16,
         lora_dropout=0.05,
         target_modules=["query", "key", "value", "dense"],
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     return peft.get_peft_model(encoder, config)
 

@@ -1,8 +1,9 @@
-"""Training two models side by side: same batches, same random numbers, same moments of the machine."""
+"""Training models side by side: same batches, same moments of the machine, and same random numbers."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,20 @@ from word_polarity.words import Word
 class Trainer:
     """A model with its optimiser, and what its steps gave: `losses` and `seconds`, one entry per step."""
 
-    def __init__(self, model: nn.Module, steps: int, learning_rate: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int,
+        learning_rate: float,
+        param_groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Train the groups given, which have learning rates of their own, or all that is trainable."""
         self.model = model
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.generator_state: Tensor | None = None  # torch's, at the end of the last step
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
+        self._optimizer = torch.optim.AdamW(param_groups or trainable, lr=learning_rate)
         self._schedule = get_linear_schedule_with_warmup(self._optimizer, steps // 10, steps)
 
     def step(self, batch: dict[str, Tensor], seed: int) -> None:
@@ -34,6 +43,21 @@ class Trainer:
         self._schedule.step()
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss.item())
+        self.generator_state = torch.get_rng_state()
+
+
+def train_in_turn(
+    trainers: Sequence[Trainer], batches: Iterable[dict[str, Tensor]], seed: int = 0
+) -> Iterator[int]:
+    """Train all on every batch, each going first in its turn; yield the number of steps done.
+
+    `seed` is that of the first step; every next one counts up.
+    """
+    for step, batch in enumerate(batches):
+        first = step % len(trainers)
+        for trainer in (*trainers[first:], *trainers[:first]):
+            trainer.step(batch, seed + step)
+        yield step + 1
 
 
 def train_side_by_side(stock: Trainer, fused: Trainer, batches: Iterable[dict[str, Tensor]]) -> Iterator[int]:
@@ -42,14 +66,12 @@ def train_side_by_side(stock: Trainer, fused: Trainer, batches: Iterable[dict[st
     Raises:
         RuntimeError: one of them drew more random numbers than the other, so that their masks differ.
     """
-    for step, batch in enumerate(batches):
-        generator_states = []
-        for trainer in (stock, fused) if step % 2 == 0 else (fused, stock):
-            trainer.step(batch, seed=step)
-            generator_states.append(torch.get_rng_state())
-        if not torch.equal(*generator_states):
-            raise RuntimeError(f"the two models drew different random numbers in step {step}")
-        yield step + 1
+    for steps in train_in_turn((stock, fused), batches):
+        assert stock.generator_state is not None
+        assert fused.generator_state is not None
+        if not torch.equal(stock.generator_state, fused.generator_state):
+            raise RuntimeError(f"the two models drew different random numbers in step {steps - 1}")
+        yield steps
 
 
 def forward_backward(model: nn.Module, batch: dict[str, Tensor]) -> None:

@@ -20,6 +20,12 @@ def check_tensor(name: str, value: object, remedy: str = "") -> None:
     raise TypeError(f"{name} must be a torch.Tensor, got {got}{_hint(remedy)}")
 
 
+def check_module(name: str, value: object, remedy: str) -> None:
+    """Require `value` to be a module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {value!r}{_hint(remedy)}")
+
+
 def check_shape(
     name: str, tensor: torch.Tensor, letters: str, expected: tuple[int | None, ...], remedy: str = ""
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_kernels.core.checks import check_module
 from peft_kernels.core.plan import Product, plans
 from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
 from peft_kernels.surgery.report import Report, Row, Work
@@ -51,7 +52,7 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
         ValueError: `only` has no pattern, or one that matches no layer; or `strict` is set and a layer cannot
             be fused, or there is none.
     """
-    _require_module(model)
+    check_module("model", model, "pass the loaded model itself")
     layers = _select(list(_layers(model)), only)
     with contextlib.ExitStack() as undo:
         for _, layer in layers:
@@ -68,7 +69,7 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
 
 def restore_layers(model: nn.Module) -> None:
     """Give every fused layer of `model` its stock class back, in place."""
-    _require_module(model)
+    check_module("model", model, "pass the loaded model itself")
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             _restore(layer)
@@ -81,7 +82,7 @@ def explain(model: nn.Module) -> Report:
     stock forward because of its input, the row says so. Below the layers: which methods compute the products
     with their NF4 weights on this CPU, by number of tokens.
     """
-    _require_module(model)
+    check_module("model", model, "pass the loaded model itself")
     rows, products = [], Counter[Product]()
     for name, layer in _layers(model):
         row = _row(name, layer)
@@ -91,11 +92,6 @@ def explain(model: nn.Module) -> Report:
             products[product] += 1
     works = (Work(count, product, plans(product)) for product, count in products.items())
     return Report(tuple(rows), tuple(work for work in works if work.plans))
-
-
-def _require_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r}; pass the loaded model itself")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,15 +1,14 @@
 """What surgery did, layer by layer: the value `replace_layers` and `explain` return."""
 
-import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from peft_kernels.core.plan import Plan, Product
+from peft_kernels.core.text import as_text
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,7 @@ class Report:
         return Group(summary, table, *map(_sentence, self.works))
 
     def __str__(self) -> str:
-        # Without colour codes, as it may end up in a file; there is no terminal then: 120 columns read well.
-        width = shutil.get_terminal_size(fallback=(120, 24)).columns
-        text = io.StringIO()
-        Console(file=text, width=width, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return as_text(self)
 
     __repr__ = __str__
 
