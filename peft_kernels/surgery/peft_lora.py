@@ -4,20 +4,26 @@ Every call decides anew whether the kernel computes what PEFT's own forward woul
 layers at any time: adapters are added, switched, merged and disabled. Where it does not, PEFT's forward runs.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from peft_kernels.core.plan import Product
-from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import lora_linear, nf4_lora_linear
 from peft_kernels.nn.dropout import PhiloxDropout
 from peft_kernels.nn.plain_linear import bypass_reason
-from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
-from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit, Operands, autocast_off, nf4_operands
-from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, handles
+from peft_kernels.surgery.bitsandbytes_linear import Operands, autocast_off
+from peft_kernels.surgery.peft_common import (
+    FusedOver4bit,
+    Unfit,
+    adapter_dtype_reason,
+    arguments_reason,
+    compute_dtype_over,
+    dense_reason,
+    linear_reason,
+    switched_off,
+)
+from peft_kernels.surgery.registry import FusedLayer, Status, handles
 
 
 class Adapter(NamedTuple):
@@ -27,13 +33,6 @@ class Adapter(NamedTuple):
     lora_b: torch.Tensor  # [N, r]
     scaling: float | torch.Tensor
     dropout_p: float
-
-
-class Unfit(NamedTuple):
-    """Why a layer, in its present state, has no adapter for the kernels."""
-
-    reason: str
-    base_only: bool = False  # because PEFT computes the base layer and nothing else
 
 
 @handles("peft.tuners.lora.layer:Linear")
@@ -51,18 +50,18 @@ class FusedLoraLinear(FusedLayer):
         if isinstance(adapter, Unfit):
             return Status(False, adapter.reason)
         base: Any = layer.base_layer
-        reason = _dense_reason(base) or _dtype_reason(layer, adapter, base.weight.dtype, base.weight.dtype)
+        reason = dense_reason(base) or _dtype_reason(layer, adapter, base.weight.dtype, base.weight.dtype)
         return Status(not reason, reason)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, fused where it can be."""
         if args or kwargs:
-            return self.run_stock(_arguments_reason(args, kwargs), x, *args, **kwargs)
+            return self.run_stock(arguments_reason(args, kwargs), x, *args, **kwargs)
         adapter = find_adapter(self)
         if isinstance(adapter, Unfit):
             return super().forward(x)
         base: Any = self._modules["base_layer"]
-        reason = _dense_reason(base) or _input_reason(self, adapter, base, x)
+        reason = dense_reason(base) or _input_reason(self, adapter, base, x)
         if reason:
             return self.run_stock(reason, x)
         lora_a, lora_b, scaling, dropout_p = adapter
@@ -72,50 +71,31 @@ class FusedLoraLinear(FusedLayer):
 
 
 @handles("peft.tuners.lora.bnb:Linear4bit")
-class FusedLoraLinear4bit(FusedLayer):
+class FusedLoraLinear4bit(FusedOver4bit):
     """LoRA over a bitsandbytes `Linear4bit` in NF4: QLoRA, y = x W^T + bias + scaling * (D(x) A^T) B^T.
 
     All of it is computed on x in the base's `compute_dtype`, and y returned in the dtype of x. PEFT rounds x
     to `compute_dtype` for the base product only; the two agree to the rounding error of `compute_dtype`.
-
-    The base layer is fused as well, so that its product stays fused where PEFT's own forward has to run.
     """
 
     @staticmethod
     def status(layer: nn.Module) -> Status:
         """Fused: at most one plain adapter (`find_adapter`) over a base that `FusedLinear4bit` can take."""
-        base: Any = layer.base_layer
-        handler = find_handler(base)
-        if isinstance(handler, str):
-            return Status(False, f"base layer: {handler}")
-        if isinstance(layer, FusedLayer) and not isinstance(base, FusedLayer):
-            return Status(False, "base layer: not fused; call replace_layers(model) again")
-        reason = FusedLinear4bit.status(base).reason or bypass_reason(base)
+        reason = FusedOver4bit.base_reason(layer)
         if reason:
-            return Status(False, f"base layer: {reason}")
+            return Status(False, reason)
         adapter = find_adapter(layer)
         if isinstance(adapter, Unfit):
             return Status(adapter.base_only, adapter.reason)
+        base: Any = layer.base_layer
         dtype = adapter.lora_a.dtype
         reason = _dtype_reason(layer, adapter, dtype, base.compute_dtype or dtype)
         return Status(not reason, reason)
 
-    @staticmethod
-    def product(layer: nn.Module) -> Product | None:
-        """The base layer's."""
-        base: Any = layer.base_layer
-        return FusedLinear4bit.product(base)
-
-    @staticmethod
-    def parts(layer: nn.Module) -> Iterable[nn.Module]:
-        """The base layer."""
-        base: Any = layer.base_layer
-        return () if isinstance(find_handler(base), str) else (base,)
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, fused where it can be."""
         if args or kwargs:
-            return self.run_stock(_arguments_reason(args, kwargs), x, *args, **kwargs)
+            return self.run_stock(arguments_reason(args, kwargs), x, *args, **kwargs)
         adapter = find_adapter(self)
         if isinstance(adapter, Unfit):
             return super().forward(x)
@@ -132,24 +112,16 @@ class FusedLoraLinear4bit(FusedLayer):
 
     def _operands(self, adapter: Adapter, x: torch.Tensor) -> Operands | str:
         """What the base layer gives the kernel, or why PEFT's forward must run."""
-        base: Any = self._modules["base_layer"]
-        if not isinstance(base, FusedLinear4bit):
-            return "base layer: not fused"
-        reason = bypass_reason(base)
-        if reason:
-            return f"base layer: {reason}"
-        operands = nf4_operands(base, x)
+        operands = self.base_operands(x)
         if isinstance(operands, str):
-            return f"base layer: {operands}"
+            return operands
         return _dtype_reason(self, adapter, x.dtype, operands.x.dtype) or operands
 
 
 def find_adapter(layer: Any) -> Adapter | Unfit:
     """The active adapter of a PEFT LoRA layer, if there is exactly one and it is LoRA with nothing added."""
-    if layer._disable_adapters:
-        return Unfit("adapters are disabled: base layer only", base_only=True)
-    if layer.merged_adapters:
-        return Unfit(f"merged into the base weight: {', '.join(layer.merged_adapters)}", base_only=True)
+    if unfit := switched_off(layer):
+        return unfit
     adapters_a, adapters_b = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
     active = [name for name in layer.active_adapters if name in adapters_a]
     if len(active) != 1:
@@ -164,7 +136,7 @@ def find_adapter(layer: Any) -> Adapter | Unfit:
     linear_a, linear_b = adapters_a[name], adapters_b[name]
     dropout = layer._modules["lora_dropout"]._modules[name]
     reason = (
-        _linear_reason("lora_A", linear_a) or _linear_reason("lora_B", linear_b) or _dropout_reason(dropout)
+        linear_reason("lora_A", linear_a) or linear_reason("lora_B", linear_b) or _dropout_reason(dropout)
     )
     if reason:
         return Unfit(reason)
@@ -175,25 +147,6 @@ def find_adapter(layer: Any) -> Adapter | Unfit:
         return Unfit(f"its scaling is a tensor of shape {list(scaling.shape)}")
     p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
     return Adapter(linear_a._parameters["weight"], linear_b._parameters["weight"], scaling, p)
-
-
-def _dense_reason(base: Any) -> str:
-    """Why a dense base layer's weight cannot be read by the kernel, or ""."""
-    reason = _linear_reason("base layer", base)
-    if not reason and base._parameters["weight"].requires_grad and torch.is_grad_enabled():
-        reason = "the base weight is trainable"
-    return reason
-
-
-def _linear_reason(role: str, linear: Any) -> str:
-    """Why a sub-layer's weight cannot be read in place of calling it, or ""."""
-    if type(linear).forward is not nn.Linear.forward:
-        return f"{role}: a {type(linear).__name__}, not an nn.Linear"
-    reason = bypass_reason(linear)
-    weight = linear._parameters.get("weight")
-    if not reason and type(weight) is not nn.Parameter:
-        reason = f"its weight is a {type(weight).__name__}, not a Parameter"
-    return reason and f"{role}: {reason}"
 
 
 def _dropout_reason(dropout: Any) -> str:
@@ -208,31 +161,16 @@ def _dropout_reason(dropout: Any) -> str:
 
 def _input_reason(layer: Any, adapter: Adapter, base: Any, x: torch.Tensor) -> str:
     """Why the kernel cannot take x with these weights, or ""."""
-    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
-        return f"the input is a {type(x).__name__}"
-    dtype, device = x.dtype, x.device.type
-    if device == "meta":
-        return "the input is on the meta device"
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif dtype != base._parameters["weight"].dtype:
-        return f"the input is {dtype}, the base weight {base.weight.dtype}"
-    return _dtype_reason(layer, adapter, x.dtype, dtype) or transform_reason()
+    dtype = compute_dtype_over(base, x)
+    return dtype if isinstance(dtype, str) else _dtype_reason(layer, adapter, x.dtype, dtype)
 
 
 def _dtype_reason(layer: Any, adapter: Adapter, x_dtype: torch.dtype, compute_dtype: torch.dtype) -> str:
     """Why the kernel cannot take these dtypes, or ""."""
     dtype = adapter.lora_a.dtype
-    if compute_dtype not in FLOAT_DTYPES:
-        return f"the layer computes in {compute_dtype}"
     if adapter.lora_b.dtype != dtype:
         return f"lora_A is {dtype}, lora_B {adapter.lora_b.dtype}"
-    if dtype not in (compute_dtype, torch.promote_types(compute_dtype, torch.float32)):
-        return f"the adapter is {dtype}, the layer computes in {compute_dtype}"
-    if dtype != x_dtype and not layer.cast_input_dtype_enabled:
-        return f"casting the input is disabled, and it is {x_dtype}, the adapter {dtype}"
-    return ""
-
-
-def _arguments_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return f"called with {', '.join(kwargs) or f'{len(args)} more arguments'}"
+    reason = adapter_dtype_reason(dtype, compute_dtype)
+    if not reason and dtype != x_dtype and not layer.cast_input_dtype_enabled:
+        reason = f"casting the input is disabled, and it is {x_dtype}, the adapter {dtype}"
+    return reason
