@@ -100,8 +100,8 @@ class AdaptedLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.merged:
             raise RuntimeError(
-                f"{prefix.removesuffix('.') or 'the layer'} must not be merged to be saved: the adapter would be "
-                "in its own parameters and in the merged weight; call unmerge(), or save merge_to_dense()"
+                f"{prefix.removesuffix('.') or 'the layer'} must not be merged to be saved: the adapter "
+                "would be saved twice, by itself and in the weight; call unmerge(), or save merge_to_dense()"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
