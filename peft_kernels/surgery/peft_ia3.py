@@ -103,10 +103,13 @@ def find_vectors(layer: Any) -> list[torch.Tensor] | Unfit:
     """The vectors of an IA3 layer's active adapters, of one dtype, or why the kernels cannot take them."""
     if unfit := switched_off(layer):
         return unfit
-    vectors = layer._modules["ia3_l"]._parameters
-    active = [vectors[name] for name in layer.active_adapters if name in vectors]
+    ia3_l = layer._modules["ia3_l"]
+    active = [ia3_l[name] for name in layer.active_adapters if name in ia3_l]
     if not active:
         return Unfit("no active adapter on this layer: base layer only", base_only=True)
+    for vector in active:
+        if type(vector) is not nn.Parameter:
+            return Unfit(f"ia3_l: it is a {type(vector).__name__}, not a Parameter")
     dtypes = dict.fromkeys(vector.dtype for vector in active)
     if len(dtypes) > 1:
         return Unfit(f"the active adapters are {' and '.join(map(str, dtypes))}")

@@ -184,10 +184,17 @@ def activate_two_dtypes(model: Any) -> None:
     model.base_model.set_adapter(["default", "second"])
 
 
+def replace_vector(model: Any) -> None:
+    """As sharding does: the attribute is a tensor, and no longer a parameter."""
+    ia3_l = layer(model).ia3_l
+    ia3_l.__dict__["default"] = ia3_l._parameters.pop("default").data
+
+
 STATES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "disabled": ("adapters are disabled", lambda m: m.base_model.disable_adapter_layers()),
     "adapter elsewhere": ("no active adapter on this layer", activate_one_without_weights_here),
     "two dtypes": ("the active adapters are torch.float32 and torch.float64", activate_two_dtypes),
+    "sharded adapter": ("ia3_l: it is a Tensor, not a Parameter", replace_vector),
     "hook on base": (
         "base layer: it has hooks",
         lambda m: layer(m).base_layer.register_forward_hook(lambda *args: args[2] * 2),

@@ -1,11 +1,11 @@
-// Scales and sums of an array's columns, in one pass. Rows come in slices, columns in strips that leave their sums in
-// the first-level cache. How many there are depends on the shape only, and so does the order of every sum: rows of a
-// slice one after the other, then slices.
+// Scales and sums of an array's columns, in one pass. A task has some of the rows, a slice, and of the columns a strip
+// whose sums stay in cache. How many there are depends on the shape only, and so does the order of every sum: the rows
+// of a slice one after the other, then the slices.
 
 inline constexpr int64_t kStripColumns = 4096, kLeastSliceRows = 64, kMostSlices = 16;
 
-// One row's part: columns first .. first + count of v lie at v[at], and so do those of z and of the result. `scale` is
-// null where there is no result, sums and dots where they are not asked for; all three are whole vectors long.
+// A row's part in a strip: elements at .. at + count of v, of z and of the result. Those columns' `scale` is null where
+// there is no result, their sums and dots where they are not asked for; all three are whole vectors long.
 template <class D>
 void scale_row_part(const ScaleColumns& p, int64_t at, int64_t count, const float* scale, float* sums, float* dots) {
   using Element = typename D::Element;
