@@ -170,3 +170,18 @@ def peft_layer(
     own_a, own_b = (nn.Parameter(values.detach().clone()) for values in (lora_a, lora_b))
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = own_a, own_b
     return layer, own_a, own_b
+
+
+def peft_ia3_layer(base: nn.Module, feedforward: bool, vector: Tensor) -> tuple[nn.Module, Tensor]:
+    """PEFT's IA3 layer over `base`, in training mode, with its own copy of the vector."""
+    peft = require("peft")
+    model = nn.Module()
+    model.proj = base
+    weight: Any = base.weight
+    model.is_loaded_in_4bit = weight.dtype == torch.uint8  # how PEFT knows
+    config = peft.IA3Config(target_modules=["proj"], feedforward_modules=["proj"] if feedforward else [])
+    peft.inject_adapter_in_model(config, model)
+    layer: Any = model.proj.train()
+    own = nn.Parameter(vector.detach().clone().view_as(layer.ia3_l["default"]))
+    layer.ia3_l["default"] = own
+    return layer, own

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from . import cases_dora, cases_dropout, cases_int8, cases_linear, cases_nf4, suites
+from . import cases_dora, cases_dropout, cases_ia3, cases_int8, cases_linear, cases_nf4, suites
 from .case import BASELINES, OWN_VARIANTS, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
@@ -16,8 +16,9 @@ FAMILIES: dict[str, Family] = {
     for family in (
         cases_nf4.FAMILY,
         cases_linear.FAMILY,
-        cases_dora.FAMILY,
         cases_int8.FAMILY,
+        cases_dora.FAMILY,
+        cases_ia3.FAMILY,
         cases_dropout.FAMILY,
     )
 }

@@ -20,11 +20,11 @@ extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_c
 extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_plan(bool by_input, int64_t tokens,
                                                                                     int64_t in_features,
                                                                                     int64_t blocksize_log2,
-                                                                                    int32_t dtype, bool scaled) {
+                                                                                    int32_t dtype) {
   using namespace peft_kernels::cpu;
   try {
-    const Method method = kernels().plan(
-        {by_input, tokens, in_features, static_cast<int>(blocksize_log2), static_cast<DType>(dtype), scaled});
+    const Method method =
+        kernels().plan({by_input, tokens, in_features, static_cast<int>(blocksize_log2), static_cast<DType>(dtype)});
     switch (method) {
       case Method::kGemv:
         return "look-up GEMV";

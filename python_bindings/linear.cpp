@@ -1,5 +1,6 @@
 // adapted_linear and adapted_linear_backward for CPU tensors; schemas in peft_kernels/ops/linear/schema.py. A dense
 // weight's product is the vendor GEMM's, through torch; our kernels add the rest to it.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -26,12 +27,25 @@ void vendor_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   to<Tensor>(stack[0]);  // takes back the reference that the dispatcher returned
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b) {  // a * b in a's dtype
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 2> stack{from(a), from(torch::stable::to(b, a.scalar_type()))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+// out = (a * scale) @ b, or a @ b. a * scale is rounded once, to the dtype of a, and held for a block of rows at a
+// time: as many as a GEMM needs to be at its full speed, and few enough to stay in cache on the way to it.
+void scaled_matmul(Tensor a, const OptionalTensor& scale, const Tensor& b, Tensor out) {
+  if (!scale) return vendor_matmul(a, b, out);
+  constexpr int64_t kLeastRows = 512;
+  const int64_t rows = a.size(0), blocks = std::max<int64_t>(1, rows / kLeastRows);
+  Tensor scaled = empty(a, {(rows + blocks - 1) / blocks, a.size(1)}, a.scalar_type());
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    const Tensor scaled_rows = torch::stable::narrow(scaled, 0, 0, count);
+    cpu::ScaleColumns problem;
+    problem.rows = count;
+    problem.columns = a.size(1);
+    problem.v = array("the scaled operand", torch::stable::narrow(a, 0, first, count));
+    problem.scale = array("the scale", scale);
+    problem.scaled = output(scaled_rows);
+    cpu::kernels().scale_columns(problem, torch_threads());
+    vendor_matmul(scaled_rows, b, torch::stable::narrow(out, 0, first, count));
+  }
 }
 
 // What forward and backward share: contiguous inputs, checked against M, K and N. Where the values of x are not read
@@ -137,10 +151,13 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
   problem.y = output(y);
   problem.u = static_cast<float*>(u.mutable_data_ptr());
   if (save_preactivation) problem.z = output(z);
-  if (!in.nf4) {  // the product goes to y, where the kernel picks it up
-    const Tensor scaled = in.input_scale ? multiply(in.x, *in.input_scale) : in.x;
-    vendor_matmul(scaled, torch::stable::transpose(in.dense_weight, 0, 1), y);
-    problem.base = array("base", y);
+  if (!in.nf4) {  // the product goes to y, where the kernel picks it up, or is all of z
+    const bool is_z = save_preactivation && rank == 0;
+    const Tensor& product = is_z ? z : y;
+    scaled_matmul(in.x, in.input_scale, torch::stable::transpose(in.dense_weight, 0, 1), product);
+    problem.base = array("base", product);
+    if (is_z) problem.z = {};
+    if (!is_z && rank == 0 && !in.column_scale && !bias) return {y, u, z};  // nothing joins the product
   }
   cpu::kernels().adapted_linear(problem, torch_threads());
   return {y, u, z};
@@ -163,10 +180,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
   check_shape("grad", grad, {tokens, in.out_features});
   check_dtype("grad", grad, dtype);
   const OptionalTensor u = as_contiguous(u_), z = as_contiguous(z_);
+  const bool through_weight = need_x || need_input_scale;
 
   cpu::AdaptedLinearBackward problem;
   in.fill(problem);
   problem.grad = array("grad", grad);
+  cpu::ScaleColumns outputs;  // of the layer
+  outputs.rows = tokens;
+  outputs.columns = in.out_features;
+  outputs.v = problem.grad;
   // An output that is not asked for is an empty tensor of its parameter's dtype.
   const auto gradient = [&](bool needed, const OptionalTensor& of, cpu::MutableArray& slot) {
     Tensor t = needed ? empty(in.x, of->sizes(), of->scalar_type()) : empty(in.x, {0}, of ? of->scalar_type() : dtype);
@@ -186,23 +208,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     STD_TORCH_CHECK(in.column_scale && z, "need_column_scale needs column_scale and z, the forward's third output");
     check_shape("z", *z, {tokens, in.out_features});
     check_dtype("z", *z, dtype);
-    problem.z = array("z", z);
+    outputs.z = array("z", z);
   }
   STD_TORCH_CHECK(!need_input_scale || in.input_scale, "need_input_scale needs input_scale");
   Tensor dx = gradient(need_x, in.x, problem.dx);
   Tensor dlora_a = gradient(need_lora_a, in.lora_a, problem.dlora_a);
   Tensor dlora_b = gradient(need_lora_b, in.lora_b, problem.dlora_b);
-  Tensor dcolumn_scale = gradient(need_column_scale, in.column_scale, problem.dcolumn_scale);
+  Tensor dcolumn_scale = gradient(need_column_scale, in.column_scale, outputs.dots);
   Tensor dinput_scale = gradient(need_input_scale, in.input_scale, problem.dinput_scale);
   Tensor dbias = need_bias ? empty(grad, {in.out_features}, dtype) : empty(grad, {0}, dtype);
-  if (need_bias) problem.dbias = output(dbias);
+  if (need_bias) outputs.sums = output(dbias);
+
+  if (outputs.sums || outputs.dots) cpu::kernels().scale_columns(outputs, torch_threads());
+
   OptionalTensor base;
-  if (!in.nf4 && (need_x || need_input_scale)) {  // the product goes to dx, where the kernel picks it up
+  if (!in.nf4 && through_weight) {  // the product goes to dx, where the kernel picks it up
     base = need_x ? dx : empty(in.x, {tokens, in.in_features}, dtype);
-    vendor_matmul(in.column_scale ? multiply(grad, *in.column_scale) : grad, in.dense_weight, *base);
+    scaled_matmul(grad, in.column_scale, in.dense_weight, *base);
     problem.base = array("base", base);
   }
-  cpu::kernels().adapted_linear_backward(problem, torch_threads());
+  if (!base || rank != 0) {
+    cpu::kernels().adapted_linear_backward(problem, torch_threads());
+  } else if (in.input_scale) {  // all that joins the product
+    cpu::ScaleColumns inputs;
+    inputs.rows = tokens;
+    inputs.columns = in.in_features;
+    inputs.v = problem.base;
+    inputs.scale = problem.input_scale;
+    inputs.z = problem.x;
+    inputs.scaled = problem.dx;
+    inputs.dots = problem.dinput_scale;
+    cpu::kernels().scale_columns(inputs, torch_threads());
+  }
   return {dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias};
 }
 

@@ -115,8 +115,8 @@ class Problem:
         """What the native backend's 16-bit products with the weight may add, relative to their magnitude.
 
         A dense weight's is torch's GEMM: it takes 16-bit operands (x * l_in, or c * g, rounded once) and
-        returns a 16-bit result (rounded once), as torch.nn.functional.linear does. An NF4 weight is rounded
-        once where bf16 panels are planned.
+        returns a 16-bit result (rounded once), as torch.nn.functional.linear does. An NF4 weight (times the
+        scale that is multiplied into it) is rounded once where bf16 panels are planned.
         """
         dtype = self.grad.dtype
         if backend_of("adapted_linear", "cpu") == "reference" or dtype.itemsize != 2:
@@ -126,8 +126,7 @@ class Problem:
         backward = direction == "backward"
         tokens, in_features = self.tensors["x"].shape
         product = Product(in_features, self.weight.blocksize, dtype, self.grad.device)
-        scaled = ("column_scale" if backward else "input_scale") in self.tensors
-        bf16 = plan.method(product, tokens, backward=backward, scaled=scaled) == "bf16 panels"
+        bf16 = plan.method(product, tokens, backward=backward) == "bf16 panels"
         return numerics.unit_roundoff(dtype) if bf16 else 0.0
 
     def absolute(self) -> numerics.Tensors:

@@ -71,7 +71,8 @@ def test_missing_library_is_explained_with_reason_remedy_and_build_log(
 def test_self_test_covers_every_family_in_every_dtype() -> None:
     cases = [result.case for result in diagnostics.self_test()]
     linear = ("nf4_linear", "nf4_lora_linear", "nf4_linear_int8")
-    for op in ("nf4_quantize", "nf4_dequantize", *linear, "philox_dropout"):
+    ia3 = ("ia3_linear", "ia3_linear_feedforward", "ia3_linear_dl")
+    for op in ("nf4_quantize", "nf4_dequantize", *linear, *ia3, "philox_dropout"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert any(case.startswith(f"{op}/") and dtype in case.split("/") for case in cases), (op, dtype)
 

@@ -71,10 +71,10 @@ struct AdaptedLinear {
   MutableArray z;      // [M, N] value before column_scale, where asked for
 };
 
-// Gradients of the above for g = dL/dy; the outputs that are absent are not computed.
+// Gradients of the above for g = dL/dy; the outputs that are absent are not computed. ScaleColumns does the others.
 //   dz = column_scale * g             du = scaling * dz B            dB = scaling * dz^T u
 //   dx = input_scale * (dz W) + D'(du A)                             dA = du^T D(x)
-//   d input_scale = sum_m x * (dz W)  d column_scale = sum_m g * z   d bias = sum_m g
+//   d input_scale = sum_m x * (dz W)
 struct AdaptedLinearBackward {
   int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
   Array grad;                                             // [M, N]
@@ -84,8 +84,20 @@ struct AdaptedLinearBackward {
   LowRank lowrank;
   Array column_scale, input_scale;
   const float* u = nullptr;  // [M, rank]
-  Array z;                   // [M, N]
-  MutableArray dx, dlora_a, dlora_b, dcolumn_scale, dinput_scale, dbias;
+  MutableArray dx, dlora_a, dlora_b, dinput_scale;
+};
+
+// All that scales or sums the columns of an array v [M, N], in one pass over it; outputs that are absent are not
+// computed. For y = column_scale * z + bias and v = dL/dy: dz, d bias and d column_scale. With v = dz W and z = x: the
+// gradients of x * input_scale.
+struct ScaleColumns {
+  int64_t rows = 0, columns = 0;  // M, N
+  Array v;                        // [M, N]
+  Array scale;                    // [N], for `scaled`
+  Array z;                        // [M, N], for `dots`; dtype of v
+  MutableArray scaled;            // [M, N] = scale * v, dtype of v; may be v itself
+  MutableArray sums;              // [N] = sum_m v
+  MutableArray dots;              // [N] = sum_m v * z
 };
 
 // y = x W^T + bias, where x is rounded to int8 first.
@@ -114,7 +126,6 @@ struct NF4Product {
   int64_t tokens = 0, in_features = 0;
   int blocksize_log2 = 0;
   DType dtype = DType::kFloat32;  // of x, or of the gradient
-  bool scaled = false;            // that operand is multiplied by an input scale, or a column scale, first
 };
 enum class Method : int32_t {
   kGemv,        // each code is looked up straight into an fp32 sum
@@ -131,6 +142,7 @@ struct Kernels {
   void (*philox_dropout)(Array x, int64_t count, const Dropout& dropout, MutableArray out, ThreadPool pool);
   void (*adapted_linear)(const AdaptedLinear& problem, ThreadPool pool);
   void (*adapted_linear_backward)(const AdaptedLinearBackward& problem, ThreadPool pool);
+  void (*scale_columns)(const ScaleColumns& problem, ThreadPool pool);
   void (*nf4_linear_int8)(const NF4LinearInt8& problem, ThreadPool pool);
   void (*dora_norm)(const DoraNorm& problem, ThreadPool pool);
 };

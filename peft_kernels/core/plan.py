@@ -59,14 +59,13 @@ class Product:
     device: torch.device
 
 
-def method(product: Product, tokens: int, *, backward: bool = False, scaled: bool = False) -> str:
+def method(product: Product, tokens: int, *, backward: bool = False) -> str:
     """What computes x W^T, or with `backward` dz W, for M = `tokens` on this machine's CPU.
 
     Args:
         product: the weight and the dtype.
         tokens: M.
         backward: the input gradient.
-        scaled: x has an input scale (dz a column scale), which is multiplied in before the product.
 
     Returns:
         "look-up GEMV": each 4-bit code is looked up straight into a sum; "fp32 panels" and "bf16 panels":
@@ -77,7 +76,7 @@ def method(product: Product, tokens: int, *, backward: bool = False, scaled: boo
             set that this machine lacks.
     """
     blocksize_log2, dtype = product.blocksize.bit_length() - 1, NATIVE_DTYPES.index(product.dtype)
-    name: bytes | None = _native_plan()(backward, tokens, product.in_features, blocksize_log2, dtype, scaled)
+    name: bytes | None = _native_plan()(backward, tokens, product.in_features, blocksize_log2, dtype)
     if name is None:
         raise RuntimeError(
             "PEFT_KERNELS_CPU_CAPABILITY must be one of "
@@ -112,13 +111,6 @@ def _native_plan() -> Callable[..., Any]:
     if not library.loaded:
         raise RuntimeError(f"the native library is not loaded: {library.reason}")
     function = ctypes.CDLL(str(library.path)).peft_kernels_cpu_plan
-    function.argtypes = [
-        ctypes.c_bool,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int32,
-        ctypes.c_bool,
-    ]
+    function.argtypes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]
     function.restype = ctypes.c_char_p
     return function

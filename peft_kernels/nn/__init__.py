@@ -2,7 +2,8 @@
 
 from peft_kernels.nn.dora_linear import DoRALinear
 from peft_kernels.nn.dropout import PhiloxDropout
+from peft_kernels.nn.ia3_linear import IA3Linear
 from peft_kernels.nn.lora_linear import LoRALinear
 from peft_kernels.nn.nf4_linear import NF4Linear
 
-__all__ = ["DoRALinear", "LoRALinear", "NF4Linear", "PhiloxDropout"]
+__all__ = ["DoRALinear", "IA3Linear", "LoRALinear", "NF4Linear", "PhiloxDropout"]

@@ -1,10 +1,13 @@
 """`DoRALinear`: a frozen linear layer whose rows are given a trainable direction and length."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
-from peft_kernels.nn.lora_linear import ADAPTER, LoRALinear
+from peft_kernels.nn.adapted_layer import ADAPTER
+from peft_kernels.nn.lora_linear import LoRALinear
 from peft_kernels.nn.scale_cache import scale_cache
 from peft_kernels.ops.dora.functional import row_scale
 
@@ -24,7 +27,10 @@ class DoRALinear(LoRALinear):
     Source: DoRA, arXiv 2402.09353, equation 5.
     """
 
-    _parts = (*LoRALinear._parts, "lora_magnitude_vector")
+    file_keys: ClassVar[dict[str, str]] = {
+        **LoRALinear.file_keys,
+        "lora_magnitude_vector": f"lora_magnitude_vector.{ADAPTER}.weight",
+    }
 
     def _add_adapter(self, device: torch.device, dtype: torch.dtype) -> None:
         super()._add_adapter(device, dtype)

@@ -1,21 +1,18 @@
 """`LoRALinear`: a frozen linear layer, dense or NF4, with a trainable low-rank update."""
 
 import math
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
 
 from peft_kernels.core.checks import check_probability
 from peft_kernels.functional import adapted_linear
+from peft_kernels.nn.adapted_layer import ADAPTER, AdaptedLayer, as_base_layer
 from peft_kernels.nn.nf4_linear import NF4Linear
-from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, require_plain
-from peft_kernels.ops.nf4.weight import NF4Weight
-
-ADAPTER = "default"  # the name PEFT gives an adapter that is given none
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """y = x W^T + bias + scaling * (D(x) A^T) B^T with W and bias frozen, A [r, K] and B [N, r] trained.
 
     scaling is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA. A starts as the weight of an `nn.Linear`
@@ -48,6 +45,11 @@ class LoRALinear(nn.Module):
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
     """
+
+    file_keys: ClassVar[dict[str, str]] = {
+        "lora_A.weight": f"lora_A.{ADAPTER}.weight",
+        "lora_B.weight": f"lora_B.{ADAPTER}.weight",
+    }
 
     def __init__(
         self,
@@ -91,18 +93,9 @@ class LoRALinear(nn.Module):
             TypeError: none of these, or one that does more (a PEFT layer, one with hooks, ...).
             ValueError: see the class and `NF4Linear.from_bitsandbytes`.
         """
-        accepted = has_forward_of(linear, nn.Linear) or has_forward_of(linear, NF4Linear)
-        wanted = "a plain nn.Linear, an NF4Linear or a bitsandbytes Linear4bit"
-        require_plain(linear, accepted or is_linear4bit(linear), wanted)
-        if isinstance(linear, nn.Linear) and is_linear4bit(linear):
-            linear = NF4Linear.from_bitsandbytes(linear)
         layer = cls.__new__(cls)
-        layer._init(linear, r, lora_alpha, lora_dropout, use_rslora)
+        layer._init(as_base_layer(linear), r, lora_alpha, lora_dropout, use_rslora)
         return layer.train(linear.training)
-
-    _parts: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")  # of an adapter, as its file has them
-    base_layer: nn.Linear | NF4Linear
-    unmerged_base_layer: nn.Linear | NF4Linear | None  # the base layer proper, while merged
 
     def _init(
         self,
@@ -112,17 +105,14 @@ class LoRALinear(nn.Module):
         lora_dropout: float,
         use_rslora: bool,
     ) -> None:
-        super().__init__()
         if not isinstance(r, int):
             raise TypeError(f"r must be an int, got {r!r}")
         if r < 1:
             raise ValueError(f"r must be positive, got {r}")
         check_probability("lora_dropout", lora_dropout)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        super().__init__(base_layer)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.base_layer = base_layer.requires_grad_(False)
-        self.unmerged_base_layer = None
         weight = base_layer.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._add_adapter(weight.device, dtype)
@@ -149,17 +139,6 @@ class LoRALinear(nn.Module):
         assert isinstance(lora_b, nn.Linear)
         return lora_a.weight, lora_b.weight
 
-    @property
-    def frozen_weight(self) -> torch.Tensor | NF4Weight:
-        """W [N, K] of the base layer, without the update even while merged."""
-        base = self.unmerged_base_layer or self.base_layer
-        return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is part of the base layer's weight now."""
-        return self.unmerged_base_layer is not None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to y [..., N], in the dtype of x."""
         base = self.base_layer
@@ -177,53 +156,8 @@ class LoRALinear(nn.Module):
             dropout_p=self.lora_dropout if self.training else 0.0,
         )
 
-    def merge(self) -> None:
-        """Put the update into the base layer's weight, for inference with A and B as they are now.
-
-        The base layer is exchanged for a merged one and kept, so `unmerge` is exact; it costs a second base
-        weight until then. Over NF4 the sum is quantised again, which moves each weight by up to half a step
-        of the code; `merge_to_dense` does not. Merging a merged layer does nothing.
-
-        Raises:
-            ValueError: the merged weight has NaN or infinite elements; the layer is as it was.
-        """
-        if self.merged:
-            return
-        base, dense = self.base_layer, self.merge_to_dense()
-        merged: nn.Linear | NF4Linear = dense
-        if isinstance(base, NF4Linear):
-            double_quant = base.nested_absmax is not None
-            merged = NF4Linear.from_linear(dense, blocksize=base.blocksize, double_quant=double_quant)
-        self.base_layer, self.unmerged_base_layer = merged.requires_grad_(False), base
-
-    def unmerge(self) -> None:
-        """Undo `merge`: the base layer is the very one it was. Does nothing if not merged."""
-        if self.unmerged_base_layer is not None:
-            self.base_layer, self.unmerged_base_layer = self.unmerged_base_layer, None
-
-    @torch.no_grad()
-    def merge_to_dense(self) -> nn.Linear:
-        """A new `nn.Linear` with the update in its weight, computed in fp32 and rounded once.
-
-        Over NF4 this is exact up to that rounding, to the dtype of the weight before it was quantised.
-
-        Raises:
-            ValueError: the result has NaN or infinite elements.
-        """
-        base = self.unmerged_base_layer or self.base_layer
-        weight = base.nf4_weight.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight
-        dtype = base.weight_dtype if isinstance(base, NF4Linear) else weight.dtype
-        merged = self._adapted(weight.to(torch.promote_types(weight.dtype, torch.float32))).to(dtype)
-        if not merged.isfinite().all():
-            raise ValueError("the merged weight must be finite, got NaN or inf; check the adapter")
-        linear = nn.Linear(self.in_features, self.out_features, base.bias is not None, device="meta")
-        linear.weight = nn.Parameter(merged)
-        if base.bias is not None:
-            linear.bias = nn.Parameter(base.bias.detach().clone())
-        return linear.train(self.training)
-
     def _adapted(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + scaling * B A for W [N, K]."""
+        """W + scaling * B A."""
         lora_a, lora_b = (part.to(weight.dtype) for part in self.adapter)
         return torch.addmm(weight, lora_b, lora_a, alpha=self.scaling)
 
@@ -233,22 +167,3 @@ class LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, merged={self.merged}"
         )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.merged:
-            raise RuntimeError(
-                f"{prefix.removesuffix('.') or 'the layer'} must not be merged to be saved: the update would "
-                "be in lora_A, lora_B and the merged weight; call unmerge(), or save merge_to_dense()"
-            )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise RuntimeError(
-                f"{prefix.removesuffix('.') or 'the layer'} must not be merged to be loaded; call unmerge()"
-            )
-        for in_file in self._parts:
-            if prefix + in_file in state_dict:
-                part = in_file.removesuffix(".weight")
-                state_dict[f"{prefix}{part}.{ADAPTER}.weight"] = state_dict.pop(prefix + in_file)
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -13,9 +13,11 @@ from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import nf4_linear
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
-from peft_kernels.surgery.registry import FusedLayer, Status, handles
+from peft_kernels.surgery.registry import FusedLayer, Status, handles, leaves_alone
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+leaves_alone("bitsandbytes.nn.modules:Linear8bitLt", "its weight is in 8 bits; fused are NF4 and dense ones")
 
 
 class Operands(NamedTuple):

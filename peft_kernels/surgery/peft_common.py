@@ -11,7 +11,12 @@ from peft_kernels.core.transforms import transform_reason
 from peft_kernels.nn.plain_linear import bypass_reason
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit, Operands, nf4_operands
-from peft_kernels.surgery.registry import FusedLayer, find_handler
+from peft_kernels.surgery.registry import FusedLayer, find_handler, leaves_alone
+
+for method in ("lora", "ia3"):
+    leaves_alone(
+        f"peft.tuners.{method}.bnb:Linear8bitLt", "its base layer is in 8 bits; fused are NF4 and dense ones"
+    )
 
 
 class Unfit(NamedTuple):

@@ -73,7 +73,7 @@ class FusedLayer(nn.Module):
 
 
 HandlerT = TypeVar("HandlerT", bound=type[FusedLayer])
-_handlers: dict[str, type[FusedLayer]] = {}
+_handlers: dict[str, type[FusedLayer] | str] = {}
 
 
 def handles(stock: str) -> Callable[[HandlerT], HandlerT]:
@@ -89,6 +89,11 @@ def handles(stock: str) -> Callable[[HandlerT], HandlerT]:
     return register
 
 
+def leaves_alone(stock: str, reason: str) -> None:
+    """Register why there is no handler for the layer type `stock`, "module:name"."""
+    _handlers[stock] = reason
+
+
 def find_handler(layer: nn.Module) -> type[FusedLayer] | str:
     """The handler for a layer, or why there is none."""
     if isinstance(layer, FusedLayer):
@@ -97,11 +102,8 @@ def find_handler(layer: nn.Module) -> type[FusedLayer] | str:
     for base in layer_class.__mro__:
         handler = _handlers.get(f"{base.__module__}:{base.__qualname__}")
         if handler is not None:
-            return (
-                handler
-                if layer_class.forward is base.forward
-                else f"its class overrides {base.__name__}.forward"
-            )
+            known = isinstance(handler, str) or layer_class.forward is base.forward
+            return handler if known else f"its class overrides {base.__name__}.forward"
     return "no fused kernel for this type of layer"
 
 

@@ -21,14 +21,14 @@ Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool = False) -> Report:
     """Make the layers of `model` run on the fused kernels: same numbers, same state_dict keys, faster.
 
-    Handled are PEFT's LoRA and DoRA layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`, and
+    Handled are PEFT's LoRA, DoRA and IA3 layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`, and
     `Linear4bit` alone. The model is changed in place: each layer keeps its parameters and becomes an instance
     of a subclass of its class. Saving, loading, deepcopy and pickle work as before, and so do adding,
     switching, disabling and merging adapters. Calling it again is harmless, and fuses the layers that came in
     since. `restore_layers` undoes it. If it raises, the model is as it was.
 
-    A layer in a state that the kernels do not cover (two active adapters, a merged one, ...) runs its stock
-    forward for as long as that lasts. The report, and `explain` at any later time, give the reason.
+    A layer in a state that the kernels do not cover (two active LoRA adapters, a merged one, ...) runs its
+    stock forward for as long as that lasts. The report, and `explain` at any later time, give the reason.
 
     In eval mode the norms of a DoRA layer are kept until its weights change; after writing weights through
     `.data` in eval mode call `invalidate_norms`.

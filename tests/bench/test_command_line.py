@@ -5,6 +5,7 @@ from peft_kernels.bench import __main__ as command_line
 from peft_kernels.bench import memory
 from peft_kernels.bench.__main__ import main
 from peft_kernels.bench.gate import EXIT_FAILED, EXIT_INTERRUPTED
+from peft_kernels.bench.registry import select
 from peft_kernels.bench.results import read_json
 from peft_kernels.bench.roofline import Roofline
 from peft_kernels.bench.run import CaseRunner
@@ -77,7 +78,7 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     report = read_json(path)
     assert report.interrupted
     assert [result.case.op for result in report.cases] == ["nf4_quantize"]
-    assert "interrupted after 1 of 6" in capsys.readouterr().out
+    assert f"interrupted after 1 of {len(select('smoke'))}" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--family", "fusion"], "family must be one of nf4, linear, dora, int8, dropout, got fusion"),
+        (["--family", "fusion"], "family must be one of nf4, linear, int8, dora, ia3, dropout, got fusion"),
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
         (["--filter", "nothing*"], "no case of suite quick matches nothing*"),

@@ -22,7 +22,6 @@ def test_few_tokens_are_looked_up_and_many_decoded(dtype: torch.dtype, backward:
     many = method(product(dtype), 512, backward=backward)
     bf16 = dtype == torch.bfloat16 and native_library().capability == "avx512_bf16"
     assert many == ("bf16 panels" if bf16 else "fp32 panels")
-    assert method(product(dtype), 512, backward=backward, scaled=True) == "fp32 panels"
 
 
 def test_rows_that_are_not_whole_blocks_are_decoded_in_fp32() -> None:

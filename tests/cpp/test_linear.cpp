@@ -52,7 +52,7 @@ class Problem {
     run_forward(threads<3>(), y3, z3, u3);
     CHECK(y == y3 && z == z3 && u == u3, "%s: results differ between 1 and 3 threads", table.name);
     check_forward(table, y, z, u);
-    check_backward(table, u, z);
+    check_backward(table, u);
   }
 
  private:
@@ -85,10 +85,10 @@ class Problem {
     }
   }
 
-  // Where the product is of bf16 pairs, each weight was rounded to bf16 first: 2^-8 of its size at most.
+  // Where the product is of bf16 pairs, each weight, times its scale, was rounded to bf16 first: 2^-8 of its size at
+  // most.
   double weight_roundoff(const Kernels& table, bool by_input) const {
-    const bool scaled = by_input ? c_.column_scale : c_.input_scale;
-    const NF4Product product{by_input, M, K, c_.blocksize_log2, c_.dtype, scaled};
+    const NF4Product product{by_input, M, K, c_.blocksize_log2, c_.dtype};
     return !c_.dense && table.plan(product) == Method::kBf16Panels ? 0x1p-8 : 0.0;
   }
 
@@ -143,38 +143,31 @@ class Problem {
     y.check_close("y", ey, by);
   }
 
-  void check_backward(const Kernels& table, Output& u, Output& z) {
+  void check_backward(const Kernels& table, Output& u) {
     AdaptedLinearBackward p;
     fill(p);
     p.grad = grad.array();
     p.u = static_cast<const float*>(u.array().data);
-    const MutableArray z_array = z.array();
-    p.z = {z_array.data, z_array.dtype};
     struct Gradients {
-      Output dx, da, db, dc, dl, dbias;
+      Output dx, da, db, dl;
     };
     const auto make = [&] {
-      return Gradients{
-          {c_.dtype, M * K}, {c_.adapter_dtype, R * K}, {c_.adapter_dtype, N * R}, {DType::kFloat32, N}, {c_.dtype, K},
-          {c_.dtype, N}};
+      return Gradients{{c_.dtype, M * K}, {c_.adapter_dtype, R * K}, {c_.adapter_dtype, N * R}, {c_.dtype, K}};
     };
     const auto run = [&](ThreadPool pool, Gradients& g) {
       p.dx = g.dx.array();
       if (c_.dense) p.base = g.dx.hold(base_of_grad);
       if (R != 0) p.dlora_a = g.da.array(), p.dlora_b = g.db.array();
-      if (c_.column_scale) p.dcolumn_scale = g.dc.array();
       if (c_.input_scale) p.dinput_scale = g.dl.array();
-      p.dbias = g.dbias.array();
       table.adapted_linear_backward(p, pool);
     };
     Gradients g = make(), g3 = make();
     run(threads<1>(), g);
     run(threads<3>(), g3);
-    CHECK(g.dx == g3.dx && g.da == g3.da && g.db == g3.db && g.dbias == g3.dbias &&
-              (!c_.column_scale || g.dc == g3.dc) && (!c_.input_scale || g.dl == g3.dl),
+    CHECK(g.dx == g3.dx && g.da == g3.da && g.db == g3.db && (!c_.input_scale || g.dl == g3.dl),
           "%s: gradients differ between 1 and 3 threads", table.name);
 
-    check_each_gradient_alone(table, p, g.dx, g.da, g.db, g.dc, g.dl, g.dbias);
+    check_each_gradient_alone(table, p, g.dx, g.da, g.db, g.dl);
 
     const double unit = 0x1p-23;
     Sums edu, bdu;  // du
@@ -222,7 +215,7 @@ class Problem {
     g.dx.check_close("dx", edx, bdx);
     if (c_.input_scale) g.dl.check_close("dinput_scale", edl, bdl);
 
-    Sums eda, bda, edb, bdb, edc, bdc, ebias, bbias;
+    Sums eda, bda, edb, bdb;
     for (int64_t j = 0; j < R; ++j) {
       for (int64_t k = 0; k < K; ++k) {
         double sum = 0, size = 0, inherited = 0;
@@ -246,31 +239,17 @@ class Problem {
         edb.push_back(sum);
         bdb.push_back(static_cast<double>(M + 4) * unit * size);
       }
-      double sum = 0, size = 0, scaled = 0, scaled_size = 0;
-      for (int64_t m = 0; m < M; ++m) {
-        sum += grad[m * N + n];
-        size += std::fabs(grad[m * N + n]);
-        scaled += grad[m * N + n] * z[m * N + n];
-        scaled_size += std::fabs(grad[m * N + n] * z[m * N + n]);
-      }
-      ebias.push_back(sum);
-      bbias.push_back(static_cast<double>(M) * unit * size);
-      edc.push_back(scaled);
-      bdc.push_back(static_cast<double>(M + 1) * unit * scaled_size);
     }
     if (R != 0) g.da.check_close("dlora_a", eda, bda), g.db.check_close("dlora_b", edb, bdb);
-    if (c_.column_scale) g.dc.check_close("dcolumn_scale", edc, bdc);
-    g.dbias.check_close("dbias", ebias, bbias);
   }
 
   // A gradient is the same whether or not others are asked for.
   void check_each_gradient_alone(const Kernels& table, const AdaptedLinearBackward& all, const Output& dx,
-                                 const Output& da, const Output& db, const Output& dc, const Output& dl,
-                                 const Output& dbias) const {
+                                 const Output& da, const Output& db, const Output& dl) const {
     const auto check = [&](MutableArray AdaptedLinearBackward::* slot, const Output& expected) {
       if (!(all.*slot)) return;
       AdaptedLinearBackward p = all;
-      p.dx = p.dlora_a = p.dlora_b = p.dcolumn_scale = p.dinput_scale = p.dbias = MutableArray{};
+      p.dx = p.dlora_a = p.dlora_b = p.dinput_scale = MutableArray{};
       Output alone(expected);
       alone.poison();
       p.*slot = alone.array();
@@ -282,9 +261,7 @@ class Problem {
     check(&AdaptedLinearBackward::dx, dx);
     check(&AdaptedLinearBackward::dlora_a, da);
     check(&AdaptedLinearBackward::dlora_b, db);
-    check(&AdaptedLinearBackward::dcolumn_scale, dc);
     check(&AdaptedLinearBackward::dinput_scale, dl);
-    check(&AdaptedLinearBackward::dbias, dbias);
   }
 
   double dz(int64_t m, int64_t n) const { return grad[m * N + n] * at(column_scale, n, 1); }

@@ -6,6 +6,7 @@ THEIR_WARNINGS = (
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # transformers, called by peft
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",  # transformers
     "ignore:.*Merge lora module to 4-bit linear may get different generations:UserWarning",  # peft
+    "ignore:Unmerge result can be inaccurate:UserWarning",  # peft, for IA3
     "ignore:.*Unmerge lora module to 4-bit linear may get different generations:UserWarning",  # peft
 )
 

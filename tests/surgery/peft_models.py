@@ -6,7 +6,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,6 +14,7 @@ from numerics import assert_within, smallest, unit_roundoff
 from peft_kernels.nn import PhiloxDropout
 
 BASES = ("dense", "nf4", "nf4_double")
+IA3_BASES = tuple(f"ia3 {base}" for base in BASES)  # what `make_mlp` knows besides
 VOCABULARY = 64
 # Of a term on its way through two layers of at most 128 features and their adapters and back.
 ROUNDINGS = 512
@@ -54,12 +55,23 @@ def adapt(model: nn.Module, targets: list[str], **config: Any) -> PeftModel:
 
 
 def fill_adapter(model: nn.Module, adapter: str = "default", seed: int = 1) -> None:
-    """Give A and B of an adapter the values that `seed` stands for."""
+    """Give A and B, or l, of an adapter the values that `seed` stands for."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith(f"ia3_l.{adapter}"):
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def add_second_adapter(model: PeftModel) -> None:
+    """An adapter "second" of the model's own kind, filled and not active."""
+    if isinstance(model.peft_config["default"], IA3Config):
+        model.add_adapter("second", IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]))
+    else:
+        model.add_adapter("second", LoraConfig(target_modules=["0", "2"], r=2, lora_dropout=0.0))
+    fill_adapter(model, "second", seed=2)
 
 
 def philox(model: nn.Module) -> None:
@@ -71,12 +83,23 @@ def philox(model: nn.Module) -> None:
 
 
 def make_mlp(base: str = "dense", dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
-    """Linear, GELU, Linear with an adapter on both: 64 -> 128 -> 32 features."""
+    """Linear, GELU, Linear with an adapter on both: 64 -> 128 -> 32 features.
+
+    The adapter is LoRA, or IA3 for a `base` of IA3_BASES, which scales the outputs of the first layer and the
+    inputs of the second.
+    """
     kwargs = config.pop("base_kwargs", {})
+    ia3, base = base.startswith("ia3 "), base.removeprefix("ia3 ")
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32)).to(dtype)
     if base != "dense":
         quantise(model, base, **kwargs)
-    return adapt(model, ["0", "2"], **config)
+    if not ia3:
+        return adapt(model, ["0", "2"], **config)
+    peft_model = get_peft_model(
+        model, IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]), **config
+    )
+    fill_adapter(peft_model)
+    return peft_model
 
 
 def make_llama(base: str = "dense", **config: Any) -> PeftModel:

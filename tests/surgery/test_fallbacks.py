@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from peft_models import adapt, assert_close, fill_adapter, layer, make_mlp, pair
+from peft_models import adapt, add_second_adapter, assert_close, layer, make_mlp, pair
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,11 +31,6 @@ class OtherLinear(nn.Linear):
 
 class OtherTensor(torch.Tensor):
     """A weight that is not plain data, as DTensor or torchao's quantised tensors are."""
-
-
-def add_second_adapter(model: Any) -> None:
-    model.add_adapter("second", LoraConfig(target_modules=["0", "2"], r=2))
-    fill_adapter(model, "second", seed=2)
 
 
 def activate_two(model: Any) -> None:

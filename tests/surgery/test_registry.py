@@ -4,7 +4,7 @@ import copy
 
 import bitsandbytes as bnb
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from peft_models import assert_close, layer, linear4bit, make_mlp, pair, quantise
 from torch import nn
 
@@ -28,16 +28,17 @@ def test_layers_that_nothing_handles_are_listed() -> None:
         ("lora.Linear", True),
         ("bitsandbytes.Linear8bitLt", False),
     ]
-    assert rows[0].reason == rows[2].reason == "no fused kernel for this type of layer"
+    assert rows[0].reason == "no fused kernel for this type of layer"
+    assert rows[2].reason == "its weight is in 8 bits; fused are NF4 and dense ones"
 
 
 def test_other_peft_methods_over_4_bits_get_the_fused_base() -> None:
     model = nn.Sequential(nn.Linear(64, 128))
     quantise(model, "nf4")
-    model = get_peft_model(model, IA3Config(target_modules=["0"], feedforward_modules=[]))
+    model = get_peft_model(model, VeraConfig(target_modules=["0"], r=2))
     stock, fused = pair(model)
     assert [(row.layer, row.fused) for row in replace_layers(fused)] == [
-        ("ia3.Linear4bit", False),
+        ("vera.Linear", False),
         ("bitsandbytes.Linear4bit", True),
     ]
     x = torch.randn(3, 64)

@@ -58,7 +58,7 @@ struct NormRows {
     ld = kPanelColumns;
     if (!p.dense) {
       decode_panel_by_input<Fp32>(p.nf4, p.in_features, n0, rows, k, columns,
-                                  scales + ((k >> p.nf4.blocksize_log2) - first_block), blocks, panel);
+                                  scales + ((k >> p.nf4.blocksize_log2) - first_block), blocks, nullptr, panel);
       return panel;
     }
     // Reading `rows` rows side by side defeats the processor's own prefetching; so as much of the next task's rows is

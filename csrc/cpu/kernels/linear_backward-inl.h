@@ -1,6 +1,6 @@
 // The adapted linear, backward; formulas in api.h. Three passes, each parallel over what its sums do not run over:
 //   tokens:          du = scaling * dz B                                    (sums over output features)
-//   output features: dB, d bias, d column_scale                             (sums over tokens)
+//   output features: dB                                                     (sums over tokens)
 //   input features:  dx, dA, d input_scale, W decoded once per token block  (sums over output features and tokens)
 // As in the forward, no sum's order depends on the number of threads. W is never held but for one block of panels.
 
@@ -9,7 +9,7 @@ inline constexpr int64_t kMostBlockInputs = kBlockDepth;  // input features that
 // grad[m, n0 .. n0 + count) * column_scale in fp32; column_scale is those features' values, or null.
 void load_dz(const AdaptedLinearBackward& p, int64_t m, int64_t n0, int64_t count, const float* column_scale,
              float* dst) {
-  load_operand<Fp32>(p.grad, m * p.out_features + n0, count, column_scale, dst);
+  load_scaled(p.grad, m * p.out_features + n0, count, column_scale, dst);
 }
 
 // du[M, rank] = scaling * dz B.
@@ -55,9 +55,9 @@ inline int64_t transposed_size(int64_t tokens, int64_t rank) {
   return ceil_div(tokens, kBlockDepth) * kBlockDepth * rank;
 }
 
-// dB = scaling * dz^T u, d bias = sum g, d column_scale = sum g * z; tasks own output features.
-void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed, ThreadPool pool) {
-  const int64_t rank = p.dlora_b ? p.lowrank.rank : 0;
+// dB = scaling * dz^T u; tasks own output features.
+void backward_lora_b(const AdaptedLinearBackward& p, const float* u_transposed, ThreadPool pool) {
+  const int64_t rank = p.lowrank.rank;
   const int64_t block = block_columns(p.out_features, kMostBlockColumns, pool);
   parallel(pool, ceil_div(p.out_features, block), [&](int64_t task) {
     const int64_t n0 = task * block, columns = lesser(block, p.out_features - n0);
@@ -67,29 +67,16 @@ void backward_outputs(const AdaptedLinearBackward& p, const float* u_transposed,
     float* panels = scratch.take(kBlockDepth * width);  // dz   [width / P, tokens, P]
     float* sums = scratch.take(rank * width);           // dB^T [rank, width]
     float* db_row = scratch.take(rank);
-    float dbias[kMostBlockColumns] = {}, dscale[kMostBlockColumns] = {}, z[kMostBlockColumns];
     float scale_buffer[kMostBlockColumns];
     const float* column_scale = optional_as_float(p.column_scale, n0, columns, scale_buffer);
     fill_zero(sums, rank * width);
     for (int64_t m0 = 0; m0 < p.tokens; m0 += kBlockDepth) {
       const int64_t tokens = lesser(kBlockDepth, p.tokens - m0);
-      pack_rows(tokens, columns, panels, [&](int64_t t, float* row) {
-        const int64_t at = (m0 + t) * p.out_features + n0;
-        load_row(p.grad, at, columns, row);
-        if (p.dbias) {
-          for (int64_t i = 0; i < columns; ++i) dbias[i] += row[i];
-        }
-        if (p.dcolumn_scale) {
-          load_row(p.z, at, columns, z);
-          for (int64_t i = 0; i < columns; ++i) dscale[i] += row[i] * z[i];
-        }
-        if (column_scale != nullptr) multiply_row(row, column_scale, columns);
-      });
-      if (rank != 0) multiply_panels(u_transposed + m0 * rank, kBlockDepth, rank, panels, tokens, width, sums);
+      pack_rows(tokens, columns, panels,
+                [&](int64_t t, float* row) { load_dz(p, m0 + t, n0, columns, column_scale, row); });
+      multiply_panels(u_transposed + m0 * rank, kBlockDepth, rank, panels, tokens, width, sums);
     }
-    if (p.dbias) store_row(dbias, columns, p.dbias, n0);
-    if (p.dcolumn_scale) store_row(dscale, columns, p.dcolumn_scale, n0);
-    for (int64_t i = 0; i < columns && rank != 0; ++i) {
+    for (int64_t i = 0; i < columns; ++i) {
       for (int64_t j = 0; j < rank; ++j) db_row[j] = p.lowrank.scaling * sums[j * width + i];
       store_row(db_row, rank, p.dlora_b, (n0 + i) * rank);
     }
@@ -222,18 +209,19 @@ void multiply_by_input(const AdaptedLinearBackward& p, int64_t m0, int64_t token
     float scale_buffer[kBlockElements<P>];
     const float* column_scale = optional_as_float(p.column_scale, n0, depth, scale_buffer);
     for (int64_t t = 0; t < tokens; ++t) {
-      load_operand<P>(p.grad, (m0 + t) * p.out_features + n0, depth, column_scale, units + t * kBlockDepth);
+      load_units<P>(p.grad, (m0 + t) * p.out_features + n0, depth, units + t * kBlockDepth);
     }
     if (rows_are_whole_blocks(p.nf4, p.in_features)) {
       for (int64_t n = 0; n < depth; ++n) {
         const int64_t block = ((n0 + n) * p.in_features >> log2) + first_block;
         prefetch_scales(p.nf4, block + (p.in_features >> log2) * kBlockElements<P>);
         load_scales(p.nf4, block, blocks, scales + n * blocks);
+        if (column_scale != nullptr) scale_row(scales + n * blocks, column_scale[n], blocks);  // a row of W times c
       }
     }
     for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
       decode_panel_by_input<P>(p.nf4, p.in_features, n0, depth, k0 + j, lesser(kPanelColumns, inputs - j),
-                               scales + (((k0 + j) >> log2) - first_block), blocks, panel);
+                               scales + (((k0 + j) >> log2) - first_block), blocks, column_scale, panel);
       multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
     }
   }
@@ -246,7 +234,7 @@ void multiply_by_input_bf16(const AdaptedLinearBackward& p, int64_t m0, int64_t 
 }
 
 inline Method plan_backward(const AdaptedLinearBackward& p) {
-  return plan({true, p.tokens, p.in_features, p.nf4.blocksize_log2, p.grad.dtype, static_cast<bool>(p.column_scale)});
+  return plan({true, p.tokens, p.in_features, p.nf4.blocksize_log2, p.grad.dtype});
 }
 
 // dx, dA and d input_scale; tasks own input features and go through all tokens. `base` is dz W [M, K], where that is
@@ -342,7 +330,7 @@ void adapted_linear_backward(const AdaptedLinearBackward& p, ThreadPool pool) {
   if (need_du) backward_du(p, du, pool);
   if (p.dlora_a) transpose_tokens(du, p.tokens, rank, du_transposed, pool);
   if (p.dlora_b) transpose_tokens(p.u, p.tokens, rank, u_transposed, pool);
-  if (p.dlora_b || p.dbias || p.dcolumn_scale) backward_outputs(p, u_transposed, pool);
+  if (p.dlora_b) backward_lora_b(p, u_transposed, pool);
   Array base = p.base;
   if (few) {
     float* dz = caller.take(dz_size);

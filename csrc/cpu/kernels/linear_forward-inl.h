@@ -13,14 +13,19 @@ void load_dropped(const LowRank& lowrank, Array x, int64_t in_features, int64_t 
   if (lowrank.dropout.threshold != 0) apply_dropout(dst, count, m * in_features + k0, lowrank.dropout);
 }
 
-// A row of x or of the gradient as units of P; times `factor` where there is one (plan has none for bf16 panels).
+// src[offset .. offset + count) in fp32, times `factor` where there is one.
+void load_scaled(Array src, int64_t offset, int64_t count, const float* factor, float* dst) {
+  load_row(src, offset, count, dst);
+  if (factor != nullptr) multiply_row(dst, factor, count);
+}
+
+// A row of x or of the gradient as units of P, as it is: scales are in the panels.
 template <class P>
-void load_operand(Array src, int64_t offset, int64_t count, const float* factor, typename P::Unit* dst) {
+void load_units(Array src, int64_t offset, int64_t count, typename P::Unit* dst) {
   if constexpr (P::kElements == 2) {
     copy_bf16_row(src, offset, count, dst);
   } else {
     load_row(src, offset, count, dst);
-    if (factor != nullptr) multiply_row(dst, factor, count);
   }
 }
 
@@ -191,7 +196,7 @@ void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
   float* row = caller.take(in_features);
   const float* input_scale = optional_as_float(p.input_scale, 0, in_features, caller.take(in_features));
   for (int64_t m = 0; m < tokens; ++m) {
-    load_operand<Fp32>(p.x, m * in_features, in_features, input_scale, row);
+    load_scaled(p.x, m * in_features, in_features, input_scale, row);
     for (int64_t k = 0; k < in_features; k += 2 * kLanes) {
       Vec even, odd;
       load_deinterleaved(row + k, even, odd);
@@ -273,12 +278,12 @@ void forward_blocked(const AdaptedLinear& p, ThreadPool pool) {
         float scale_buffer[kBlockElements<P>];
         const float* input_scale = optional_as_float(p.input_scale, k0, depth, scale_buffer);
         for (int64_t t = 0; t < tokens; ++t) {
-          load_operand<P>(p.x, (m0 + t) * in_features + k0, depth, input_scale, units + t * kBlockDepth);
+          load_units<P>(p.x, (m0 + t) * in_features + k0, depth, units + t * kBlockDepth);
         }
         const int64_t ahead = k0 + depth < in_features ? depth : block * in_features - k0;
         for (int64_t j = 0; j < width; j += kPanelColumns) {  // a panel is used while it is in the first-level cache
           decode_panel_by_output<P>(p.nf4, in_features, n0 + j, lesser(kPanelColumns, columns - j), k0, depth, ahead,
-                                    scales + j * kScaleBlocks, panel);
+                                    scales + j * kScaleBlocks, input_scale, panel);
           multiply_panel<P>(units, kBlockDepth, tokens, panel, ceil_div(depth, P::kElements), sums + j, width);
         }
       }
@@ -316,9 +321,7 @@ void adapted_linear(const AdaptedLinear& p, ThreadPool pool) {
   if (p.tokens == 0) return;
   if (p.lowrank.rank != 0) lowrank_down(p, pool);
   if (p.base) return forward_blocked<Fp32>(p, pool);
-  const NF4Product product{
-      false, p.tokens, p.in_features, p.nf4.blocksize_log2, p.x.dtype, static_cast<bool>(p.input_scale)};
-  switch (plan(product)) {
+  switch (plan({false, p.tokens, p.in_features, p.nf4.blocksize_log2, p.x.dtype})) {
     case Method::kGemv:
       return forward_gemv(p, pool);
     case Method::kFp32Panels:

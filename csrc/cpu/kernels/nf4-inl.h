@@ -87,10 +87,18 @@ struct Fp32 {
 };
 
 // Weights 8 c .. 8 c + 7 of kLanes rows, from their words, to a panel. A byte's high nibble is the even weight.
+// `input_scale` is that of the eight, or null.
 template <class P, class Word>
-inline void store_word(const Table& code, const Word& words, Vec scale_of_row, typename P::Unit* out) {
+inline void store_word(const Table& code, const Word& words, Vec scale_of_row, const float* input_scale,
+                       typename P::Unit* out) {
   const auto put = [&](int k, Vec even, Vec odd) {
-    P::store_two(out + k / P::kElements * kPanelColumns, mul(even, scale_of_row), mul(odd, scale_of_row));
+    even = mul(even, scale_of_row);
+    odd = mul(odd, scale_of_row);
+    if (input_scale != nullptr) {
+      even = mul(even, broadcast(input_scale[k]));
+      odd = mul(odd, broadcast(input_scale[k + 1]));
+    }
+    P::store_two(out + k / P::kElements * kPanelColumns, even, odd);
   };
   put(0, look_up_shifted<4>(code, words), look_up_shifted<0>(code, words));
   put(2, look_up_shifted<12>(code, words), look_up_shifted<8>(code, words));
@@ -113,12 +121,14 @@ void load_scales_of_rows(const NF4Weight& w, int64_t in_features, int64_t n0, in
 }
 
 // A panel of the forward product: panel[k][i] = W[n0 + i][k0 + k] for i < kPanelColumns; what it holds from `columns`
-// on is not defined. W is transposed while it is packed (an eighth of the data), then looked up with lanes = output
-// features. Where rows are whole blocks, scales[i][b % kScaleBlocks] is that of block b of row n0 + i. The panel after
-// this one in the order of k, or of the task's next rows, is `ahead` elements further on.
+// on is not defined. It is multiplied by input_scale[k], where that is given: a bf16 panel is rounded once. W is
+// transposed while it is packed (an eighth of the data), then looked up with lanes = output features. Where rows are
+// whole blocks, scales[i][b % kScaleBlocks] is that of block b of row n0 + i. The panel after this one in the order of
+// k, or of the task's next rows, is `ahead` elements further on.
 template <class P>
 void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t columns, int64_t k0,
-                            int64_t depth, int64_t ahead, const float* scales, typename P::Unit* panel) {
+                            int64_t depth, int64_t ahead, const float* scales, const float* input_scale,
+                            typename P::Unit* panel) {
   if (rows_are_whole_blocks(w, in_features)) {
     constexpr int64_t kWord = 8;                                                // weights
     const int64_t blocks = ceil_div(depth, int64_t{1} << w.blocksize_log2);     // k0 starts a block, or they are
@@ -143,7 +153,8 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
         const int64_t count = lesser(kLanes, (depth - k) / kWord);
         const Words words = load_transposed(row, k / 2, count);
         for (int64_t c = 0; c < count; ++c, out += kWord / P::kElements * kPanelColumns) {
-          store_word<P>(code, words.column[c], scale_of_rows[(k + c * kWord) >> w.blocksize_log2], out);
+          store_word<P>(code, words.column[c], scale_of_rows[(k + c * kWord) >> w.blocksize_log2],
+                        input_scale == nullptr ? nullptr : input_scale + k + c * kWord, out);
         }
       }
     }
@@ -154,6 +165,7 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
     for (int64_t i = 0; i < kPanelColumns; ++i) {
       if (i < columns) {
         decode_run(w, (n0 + i) * in_features + k0, depth, row);
+        if (input_scale != nullptr) multiply_row(row, input_scale, depth);
       } else {
         fill_zero(row, depth);
       }
@@ -163,10 +175,12 @@ void decode_panel_by_output(const NF4Weight& w, int64_t in_features, int64_t n0,
 }
 
 // A panel of the input gradient: panel[n][i] = W[n0 + n][k0 + i] for n < rows, zero from `columns` on. Where rows are
-// whole blocks, `columns` are always all, and scales[n * stride] is row n's.
+// whole blocks, `columns` are always all, and scales[n * stride] is row n's. Elsewhere row n is multiplied by
+// column_scale[n], where that is given.
 template <class P>
 void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, int64_t rows, int64_t k0,
-                           int64_t columns, const float* scales, int64_t stride, typename P::Unit* panel) {
+                           int64_t columns, const float* scales, int64_t stride, const float* column_scale,
+                           typename P::Unit* panel) {
   if (rows_are_whole_blocks(w, in_features)) {  // then k0 is a multiple of kPanelColumns: a panel row lies in one block
     constexpr int64_t kAhead = 24;              // rows
     const Table code = load_table(kNF4Code);
@@ -191,6 +205,7 @@ void decode_panel_by_input(const NF4Weight& w, int64_t in_features, int64_t n0, 
   if constexpr (P::kElements == 1) {
     for (int64_t n = 0; n < rows; ++n, panel += kPanelColumns) {
       decode_run(w, (n0 + n) * in_features + k0, columns, panel);
+      if (column_scale != nullptr) scale_row(panel, column_scale[n], columns);
       fill_zero(panel + columns, kPanelColumns - columns);
     }
   }

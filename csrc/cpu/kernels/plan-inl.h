@@ -12,7 +12,7 @@ inline bool rows_are_whole_blocks(int blocksize_log2, int64_t in_features) {
 
 Method plan(const NF4Product& p) {
   if (!rows_are_whole_blocks(p.blocksize_log2, p.in_features)) return Method::kFp32Panels;
-  const bool bf16 = !std::is_void_v<Bf16Pairs> && p.dtype == DType::kBFloat16 && !p.scaled;
+  const bool bf16 = !std::is_void_v<Bf16Pairs> && p.dtype == DType::kBFloat16;
   const int64_t most = p.by_input ? kGemvByInputTokens : (bf16 ? kGemvTokensBesideBf16 : kGemvTokens);
   if (p.tokens == 1 || (p.tokens <= most && p.tokens * p.in_features <= kGemvElements)) return Method::kGemv;
   return bf16 ? Method::kBf16Panels : Method::kFp32Panels;

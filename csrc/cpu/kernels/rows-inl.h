@@ -24,54 +24,62 @@ void parallel(ThreadPool pool, int64_t tasks, const Body& body) {
   pool.parallel_for(tasks, const_cast<Body*>(&body), run);
 }
 
+// The elements of each dtype: kLanes of them as a Vec, or one as a float.
+struct Float32 {
+  using Element = float;
+  static Vec load_vec(const Element* p) { return load(p); }
+  static void store_vec(Element* p, Vec v) { store(p, v); }
+  static float to_float(Element e) { return e; }
+  static Element from_float(float f) { return f; }
+};
+struct BFloat16 {
+  using Element = uint16_t;
+  static Vec load_vec(const Element* p) { return load_bf16(p); }
+  static void store_vec(Element* p, Vec v) { store_bf16(p, v); }
+  static float to_float(Element e) { return bf16_to_float(e); }
+  static Element from_float(float f) { return float_to_bf16(f); }
+};
+struct Float16 {
+  using Element = uint16_t;
+  static Vec load_vec(const Element* p) { return load_half(p); }
+  static void store_vec(Element* p, Vec v) { store_half(p, v); }
+  static float to_float(Element e) { return half_to_float(e); }
+  static Element from_float(float f) { return float_to_half(f); }
+};
+
+// body(D{}) with the struct D of `dtype`.
+template <class Body>
+void with_elements(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(Float32{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
 // dst[i] = src[offset + i] in fp32.
 void load_row(Array src, int64_t offset, int64_t count, float* dst) {
-  int64_t i = 0;
-  switch (src.dtype) {
-    case DType::kFloat32: {
-      const float* p = static_cast<const float*>(src.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store(dst + i, load(p + i));
-      for (; i < count; ++i) dst[i] = p[i];
-      return;
-    }
-    case DType::kBFloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(src.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store(dst + i, load_bf16(p + i));
-      for (; i < count; ++i) dst[i] = bf16_to_float(p[i]);
-      return;
-    }
-    case DType::kFloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(src.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store(dst + i, load_half(p + i));
-      for (; i < count; ++i) dst[i] = half_to_float(p[i]);
-      return;
-    }
-  }
+  with_elements(src.dtype, [&](auto d) {
+    using D = decltype(d);
+    const auto* p = static_cast<const typename D::Element*>(src.data) + offset;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(dst + i, D::load_vec(p + i));
+    for (; i < count; ++i) dst[i] = D::to_float(p[i]);
+  });
 }
 
 // dst[offset + i] = src[i], rounded once to dst's dtype.
 void store_row(const float* src, int64_t count, MutableArray dst, int64_t offset) {
-  int64_t i = 0;
-  switch (dst.dtype) {
-    case DType::kFloat32: {
-      float* p = static_cast<float*>(dst.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store(p + i, load(src + i));
-      for (; i < count; ++i) p[i] = src[i];
-      return;
-    }
-    case DType::kBFloat16: {
-      uint16_t* p = static_cast<uint16_t*>(dst.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store_bf16(p + i, load(src + i));
-      for (; i < count; ++i) p[i] = float_to_bf16(src[i]);
-      return;
-    }
-    case DType::kFloat16: {
-      uint16_t* p = static_cast<uint16_t*>(dst.data) + offset;
-      for (; i + kLanes <= count; i += kLanes) store_half(p + i, load(src + i));
-      for (; i < count; ++i) p[i] = float_to_half(src[i]);
-      return;
-    }
-  }
+  with_elements(dst.dtype, [&](auto d) {
+    using D = decltype(d);
+    auto* p = static_cast<typename D::Element*>(dst.data) + offset;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) D::store_vec(p + i, load(src + i));
+    for (; i < count; ++i) p[i] = D::from_float(src[i]);
+  });
 }
 
 // Pairs of bf16 as they are: dst[i] = src[offset + 2 i] | src[offset + 2 i + 1] << 16, a last odd one with 0.
@@ -98,6 +106,9 @@ void load_block(Array src, int64_t row_size, int64_t first_row, int64_t rows, in
     load_row(src, (first_row + i) * row_size + first_column, columns, dst);
     fill_zero(dst + columns, width - columns);
   }
+}
+void scale_row(float* row, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) row[i] *= factor;
 }
 void multiply_row(float* row, const float* factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) row[i] *= factor[i];

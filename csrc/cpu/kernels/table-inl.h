@@ -10,6 +10,8 @@ namespace {
 
 #include "tile-inl.h"
 
+#include "scale_columns-inl.h"
+
 #include "linear_forward-inl.h"
 
 #include "linear_backward-inl.h"
@@ -20,6 +22,13 @@ namespace {
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable{
-    kName,           plan,     nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward,
-    nf4_linear_int8, dora_norm};
+const Kernels kTable{kName,
+                     plan,
+                     nf4_quantize,
+                     nf4_dequantize,
+                     philox_dropout,
+                     adapted_linear,
+                     adapted_linear_backward,
+                     scale_columns,
+                     nf4_linear_int8,
+                     dora_norm};

@@ -43,11 +43,14 @@ def backward_args(problem: Problem, need: bool = True) -> BackwardArgs:
 
 @EACH_WEIGHT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", ["contiguous", "transposed", "stride 0", "no parts", "no tokens"])
+@pytest.mark.parametrize(
+    "variant", ["contiguous", "transposed", "stride 0", "scales", "no parts", "no tokens"]
+)
 @pytest.mark.parametrize("overload", ["default", "reference"])
 def test_opcheck(weight: str, dtype: torch.dtype, variant: str, overload: str) -> None:
     forward, backward = getattr(FORWARD, overload), getattr(BACKWARD, overload)
-    parts = {"parts": []} if variant == "no parts" else {"dropout_p": 0.3}
+    only = {"no parts": [], "scales": ["column_scale", "input_scale", "bias"]}
+    parts: dict[str, Any] = {"parts": only[variant]} if variant in only else {"dropout_p": 0.3}
     problem = make_problem(0 if variant == "no tokens" else 4, 9, 34, weight=weight, dtype=dtype, **parts)
     if variant == "transposed":
         problem.tensors["x"] = problem.tensors["x"].t().contiguous().t()
