@@ -16,7 +16,7 @@ from peft_kernels import __version__, diagnostics
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
 
 OPS = (
-    *("adapted_linear", "adapted_linear_backward"),
+    *("adapted_linear", "adapted_linear_backward", "dora_norm"),
     *("nf4_dequantize", "nf4_linear_int8", "nf4_quantize", "philox_dropout"),
 )
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())

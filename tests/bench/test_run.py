@@ -10,6 +10,7 @@ from peft_kernels.bench.case import (
     GATE_BASELINES,
     NO_DROPOUT,
     OURS,
+    OURS_LORA,
     OWN_VARIANTS,
     PLAIN_SCALES,
     TUNED_SUFFIX,
@@ -33,6 +34,7 @@ CASE = Case("linear", "nf4_linear", 3, 128, 64, weight="nf4")
 QLORA = Case(
     "linear", "nf4_lora_linear", 3, 128, 64, r=4, weight="nf4_double", direction="both", dropout=0.25
 )
+DORA = Case("dora", "dora_linear", 3, 128, 64, r=4, weight="nf4_double", direction="both")
 LOCAL = ("eager", "bitsandbytes", "peft", "dense", *OWN_VARIANTS)
 
 
@@ -73,26 +75,29 @@ def test_saved_for_backward_is_x_and_u_and_the_seed(run):
 
 
 def test_dropout_saves_its_seed_and_double_quantisation_nothing(run):
-    ours, without, plain = run(QLORA, names=OWN_VARIANTS).contestants
+    ours, without, plain = run(QLORA, names=(NO_DROPOUT, PLAIN_SCALES)).contestants
     assert (without.name, plain.name) == (NO_DROPOUT, PLAIN_SCALES)
     assert ours.saved_bytes - without.saved_bytes == 8
     assert plain.saved_bytes == ours.saved_bytes
 
 
-def test_variants_of_ours_share_no_memory_with_it():
+@pytest.mark.parametrize(
+    ("case", "variant"), [(QLORA, NO_DROPOUT), (QLORA, PLAIN_SCALES), (DORA, OURS_LORA)], ids=str
+)
+def test_variants_of_ours_share_no_memory_with_it(case, variant):
     """Or one would find in cache what the other has just read."""
-    prepared = prepare(QLORA)
-    packed = {
-        name: {
+    prepared = prepare(case)
+    ours, other = (
+        {
             tensor.data_ptr()
             for tensor in prepared.contestants[name]()[0].frozen
             if tensor.dtype == torch.uint8
         }
-        for name in (OURS, *OWN_VARIANTS)
-    }
-    assert all(packed.values())
-    assert not packed[OURS] & packed[NO_DROPOUT]
-    assert not packed[OURS] & packed[PLAIN_SCALES]
+        for name in (OURS, variant)
+    )
+    assert ours
+    assert other
+    assert not ours & other
 
 
 def test_plain_scales_are_plain():
