@@ -100,14 +100,14 @@ double norm_in_double(const DoraNorm& p, int64_t n, const float* a, const float*
 }
 
 // Whether a row's sum of squares, made in fp32, is good to kNormError. `reach` = |scaling| sum_j |b_j| ||A_j|| is the
-// most that the low-rank part can be: it is summed with an error of about sqrt(rank) roundings of that size (Higham and
-// Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4 with lambda = 4), which matters where the row is far shorter. What
-// else there is (the sum of squares, which is in order of blocks of kBlockDepth) stays below 1e-6. Not so where
-// squares leave the range of fp32, or are not finite.
+// most that the low-rank part can be. Its elements are off by sqrt(rank) roundings of that size at most, rounding being
+// random (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4 with lambda = 1, as a norm averages over its
+// elements), which matters where the row is far shorter. What else there is (the sum of squares, in order in blocks of
+// kBlockDepth) stays below 1e-6. Not so where squares leave the range of fp32, or are not finite.
 inline bool norm_is_accurate(double squares, double reach, int64_t rank) {
   constexpr double kNormError = 9e-6, kRounding = 0x1p-24, kLeast = 1e-25, kMost = 1e38;
   if (!(squares > kLeast && squares < kMost)) return false;
-  return 4.0 * std::sqrt(static_cast<double>(rank + 1)) * kRounding * reach <= kNormError * std::sqrt(squares);
+  return std::sqrt(static_cast<double>(rank + 1)) * kRounding * reach <= kNormError * std::sqrt(squares);
 }
 
 void dora_norm(const DoraNorm& p, ThreadPool pool) {
