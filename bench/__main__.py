@@ -22,10 +22,10 @@ from .results import SCHEMA_VERSION, CaseResult, Report, Settings, write_json
 from .roofline import Roofline, measure_roofline
 from .run import CaseRunner
 from .show import add_verdict_options, check_verdict_options, conclude, make_console
-from .suites import LIMITS_THREADS
+from .suites import LIMITS_THREADS, ROWS
 from .worker import Workers
 
-_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0, "sweep": 0.5, "limits": 1.5}
+_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0, "sweep": 0.5, "limits": 1.5, "methods": 3.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: 
                 workers,
                 rooflines,
                 progress.refresh,
-                scratch_of_all=settings.suite not in ("sweep", "limits"),  # which ask about ours alone
+                scratch_of_all=settings.suite not in ("sweep", *ROWS),  # which ask about ours alone
             )
             for case, count in itertools.product(cases, threads):
                 progress.update(task, description=case.name)
@@ -98,7 +98,9 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {', '.join(unknown)}")
-    default_threads = {"full": sorted({1, processors}), "limits": LIMITS_THREADS}.get(options.suite, (1,))
+    default_threads = {"full": sorted({1, processors}), **dict.fromkeys(ROWS, LIMITS_THREADS)}.get(
+        options.suite, (1,)
+    )
     try:
         threads = (
             [int(count) for count in options.threads.split(",")] if options.threads else [*default_threads]
@@ -150,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threads",
         metavar="N[,N]",
-        help="thread counts (default: 1; full: 1 and all processors; limits: 1,2)",
+        help="thread counts (default: 1; full: 1 and all processors; limits and methods: 1,2)",
     )
     seconds = ", ".join(f"{suite} {seconds:g}" for suite, seconds in _DEFAULT_SECONDS.items())
     add("--seconds", type=float, metavar="S", help=f"time for measuring a case (default: {seconds})")

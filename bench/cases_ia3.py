@@ -27,24 +27,24 @@ from .cases_nf4 import quantized_bytes, quantized_weight
 from .machine import weight_copies
 from .oracle import unit_roundoff
 
-_FEEDFORWARD, _SCALE_ONLY = "ia3_linear_feedforward", "ia3_linear_dl"
+FEEDFORWARD, SCALE_ONLY = "ia3_linear_feedforward", "ia3_linear_dl"
 _DEVIATIONS = 7  # by more, an element is off with probability 2 exp(-7^2 / 2) = 5e-11
-_NF4 = partial(Case, "ia3", weight="nf4", direction="both")
+IA3 = partial(Case, "ia3", weight="nf4", direction="both")
 _DENSE = partial(Case, "ia3", weight="dense", direction="both")
 _SMOKE, _QUICK = ("smoke",), ("quick", "full")
 
 CASES = (
-    _NF4("ia3_linear", 3, 128, 64, suites=_SMOKE),
-    _NF4(_FEEDFORWARD, 3, 128, 64, suites=_SMOKE),
-    _DENSE(_SCALE_ONLY, 3, 64, 64, direction="backward", suites=_SMOKE),
-    _NF4("ia3_linear", 512, 4096, 4096, suites=_QUICK),
-    _NF4(_FEEDFORWARD, 512, 4096, 4096, suites=_QUICK),
+    IA3("ia3_linear", 3, 128, 64, suites=_SMOKE),
+    IA3(FEEDFORWARD, 3, 128, 64, suites=_SMOKE),
+    _DENSE(SCALE_ONLY, 3, 64, 64, direction="backward", suites=_SMOKE),
+    IA3("ia3_linear", 512, 4096, 4096, suites=_QUICK),
+    IA3(FEEDFORWARD, 512, 4096, 4096, suites=_QUICK),
     # The scale alone: no product in one, in the other one with few inputs
-    _DENSE(_SCALE_ONLY, 4096, 64, 4096, direction="backward", suites=_QUICK),
+    _DENSE(SCALE_ONLY, 4096, 64, 4096, direction="backward", suites=_QUICK),
     _DENSE("ia3_linear", 4096, 64, 4096, direction="backward", suites=_QUICK),
-    *(_NF4(op, m, 4096, 4096) for op in ("ia3_linear", _FEEDFORWARD) for m in (1, 64)),
-    *(_NF4(op, 512, 4096, 4096, dtype="bfloat16") for op in ("ia3_linear", _FEEDFORWARD)),
-    *(_DENSE(op, 512, 4096, 4096) for op in ("ia3_linear", _FEEDFORWARD)),
+    *(IA3(op, m, 4096, 4096) for op in ("ia3_linear", FEEDFORWARD) for m in (1, 64)),
+    *(IA3(op, 512, 4096, 4096, dtype="bfloat16") for op in ("ia3_linear", FEEDFORWARD)),
+    *(_DENSE(op, 512, 4096, 4096) for op in ("ia3_linear", FEEDFORWARD)),
 )
 
 
@@ -60,7 +60,7 @@ class Layer:
 
     def program(self, forward: Callable[[], Tensor], frozen: tuple[Tensor, ...], vector: Tensor) -> Program:
         """The program of this case's direction; `vector` is the contestant's own l."""
-        leaves = {"dl": vector} if self.case.op == _SCALE_ONLY else {"dx": self.x, "dl": vector}
+        leaves = {"dl": vector} if self.case.op == SCALE_ONLY else {"dx": self.x, "dl": vector}
         program = differentiated(self.case.direction, forward, leaves, self.grad, (*frozen, vector))
 
         def outputs(results: Any) -> dict[str, Tensor]:
@@ -107,10 +107,10 @@ def _layer(case: Case) -> Layer:
     # In a backward case every copy has a graph of its own, and what that saved is read too.
     saved = case.m * case.n * case.element_size if case.direction == "backward" else 0
     copies = weight_copies(_weight_bytes(case) + saved)
-    vector = 1 + 0.2 * torch.randn(case.k if case.op == _FEEDFORWARD else case.n)
+    vector = 1 + 0.2 * torch.randn(case.k if case.op == FEEDFORWARD else case.n)
     return Layer(
         case,
-        x=torch.randn(case.m, case.k).to(dtype).requires_grad_(trained and case.op != _SCALE_ONLY),
+        x=torch.randn(case.m, case.k).to(dtype).requires_grad_(trained and case.op != SCALE_ONLY),
         weights=[first, *(copy.deepcopy(first) for _ in range(copies - 1))],
         vector=vector.to(dtype).requires_grad_(trained),
         grad=torch.randn(case.m, case.n).to(dtype),
@@ -118,7 +118,7 @@ def _layer(case: Case) -> Layer:
 
 
 def _ours(layer: Layer) -> list[Program]:
-    feedforward = layer.case.op == _FEEDFORWARD
+    feedforward = layer.case.op == FEEDFORWARD
     function = partial(functional.ia3_linear, feedforward=feedforward)
     return [
         layer.program(partial(function, layer.x, weight, layer.vector), _tensors(weight), layer.vector)
@@ -134,7 +134,7 @@ def _eager(layer: Layer, wrap: Callable[[Any], Any]) -> list[Program]:
         return F.linear(x, *operands) if dense else baselines.eager_nf4_linear(x, case.n, *operands)
 
     def forward(x: Tensor, vector: Tensor, *operands: Tensor) -> Tensor:
-        if case.op == _FEEDFORWARD:
+        if case.op == FEEDFORWARD:
             return base(x * vector, *operands)
         return base(x, *operands) * vector
 
@@ -156,7 +156,7 @@ def _peft(layer: Layer) -> list[Program]:
             base: torch.nn.Module = baselines.bitsandbytes_module(weight, case.torch_dtype)
         else:
             base = baselines.dense_module(weight)
-        module, own = baselines.peft_ia3_layer(base, case.op == _FEEDFORWARD, layer.vector)
+        module, own = baselines.peft_ia3_layer(base, case.op == FEEDFORWARD, layer.vector)
         # Over 4 bits PEFT returns float32 for a 16-bit x.
         forward = partial(lambda module, x: module(x).to(x.dtype), module, layer.x)
         programs.append(layer.program(forward, _tensors(weight), own))
@@ -178,10 +178,10 @@ def _oracle(layer: Layer, weight: Tensor) -> Oracle:
     case = layer.case
     x, vector, grad = (tensor.detach().double() for tensor in (layer.x, layer.vector, layer.grad))
     names = {"forward": ("y",), "backward": ("dx", "dl"), "both": ("y", "dx", "dl")}[case.direction]
-    names = ("dl",) if case.op == _SCALE_ONLY else names
+    names = ("dl",) if case.op == SCALE_ONLY else names
 
     def evaluate(x: Tensor, w: Tensor, vector: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        if case.op == _FEEDFORWARD:
+        if case.op == FEEDFORWARD:
             through = grad @ w
             return {"y": (x * vector) @ w.T, "dx": through * vector, "dl": (x * through).sum(0)}
         z = x @ w.T
@@ -193,7 +193,7 @@ def _oracle(layer: Layer, weight: Tensor) -> Oracle:
     sizes = evaluate(x.abs(), w.abs(), vector.abs(), grad.abs())
     squares = evaluate(*(tensor.square() for tensor in (x, w, vector, grad)))
     m, k, n = (math.sqrt(size) for size in (case.m, case.k, case.n))
-    lengths = {"y": k, "dx": n, "dl": m + (n if case.op == _FEEDFORWARD else k)}
+    lengths = {"y": k, "dx": n, "dl": m + (n if case.op == FEEDFORWARD else k)}
     rounded, inner = unit_roundoff(case.torch_dtype), weight_roundoffs(case)
     of_product = {"y": inner.get("y", 0.0), "dx": inner.get("dx", 0.0)}
     of_product["dl"] = max(of_product.values()) if inner else 0.0
@@ -217,7 +217,7 @@ def _weight_bytes(case: Case) -> int:
 def _flops(case: Case) -> int:
     """2MNK for each product."""
     product = 2 * case.m * case.n * case.k
-    if case.op == _SCALE_ONLY:
+    if case.op == SCALE_ONLY:
         return 2 * case.m * case.n
     return {"forward": product, "backward": product, "both": 2 * product}[case.direction]
 
@@ -225,10 +225,10 @@ def _flops(case: Case) -> int:
 def _bytes(case: Case) -> tuple[int, int]:
     """(read, written): weight, x and dL/dy once per pass that needs them, z twice; results once."""
     x, y, size, weight = case.m * case.k, case.m * case.n, case.element_size, _weight_bytes(case)
-    if case.op == _SCALE_ONLY:
+    if case.op == SCALE_ONLY:
         return size * 2 * y, size * case.n  # dL/dy and z
-    saved = x if case.op == _FEEDFORWARD else y  # what the gradient of l reads
-    forward = (weight + size * x, size * (y if case.op == _FEEDFORWARD else 2 * y))
+    saved = x if case.op == FEEDFORWARD else y  # what the gradient of l reads
+    forward = (weight + size * x, size * (y if case.op == FEEDFORWARD else 2 * y))
     backward = (weight + size * (y + saved), size * x)
     both = (forward[0] + backward[0], forward[1] + backward[1])
     return {"forward": forward, "backward": backward, "both": both}[case.direction]

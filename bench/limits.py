@@ -1,4 +1,4 @@
-"""The answer of the suite `limits`: is ours as far ahead as it is to be?
+"""The answer of the suites `limits` and `methods`: is ours as far ahead as it is to be?
 
 A figure is the geometric mean of ratios over the shapes and thread counts. What a part of ours costs
 (dropout, double quantisation) is the time of ours over that of ours without it.
@@ -14,7 +14,7 @@ from typing import Literal
 
 from .case import BASELINES, NO_DROPOUT, OWN_VARIANTS, Case
 from .results import CaseResult, ContestantResult, Report
-from .suites import LIMITS, LIMITS_SHAPES, Row
+from .suites import LIMITS, LIMITS_SHAPES, ROWS, Row
 
 SEED_BYTES = 8  # all that dropout may save for backward
 SCRATCH_BYTES = 4 << 20  # a thread
@@ -66,20 +66,20 @@ class Line:
 
 
 def judge_limits(report: Report) -> list[Line]:
-    """Every figure that a report has a result for: speed by row and baseline, then sizes over all rows."""
-    speeds = []
-    for row in LIMITS:
+    """Every figure that a report has a result for: speed by row and baseline, in `limits` sizes too."""
+    speeds, suite = [], report.settings.suite
+    for row in ROWS[suite]:
         results = [result for result in report.cases if _belongs(result.case, row)]
         for baseline in BASELINES:
             found = [each for result in results for each in result.contestants if each.name == baseline]
             if found:
                 speeds.append(_speed(row, baseline, found, len(report.settings.threads)))
-    return speeds + _sizes(report)
+    return speeds + (_sizes(report) if suite == "limits" else [])
 
 
 def _belongs(case: Case, row: Row) -> bool:
     problem = replace(case, k=0, n=0, suites=row.problem.suites, against=row.problem.against)
-    return (case.k, case.n) in LIMITS_SHAPES and problem == row.problem
+    return (case.k, case.n) in row.shapes and problem == row.problem
 
 
 def _speed(row: Row, baseline: str, found: list[ContestantResult], thread_counts: int) -> Line:
@@ -90,7 +90,7 @@ def _speed(row: Row, baseline: str, found: list[ContestantResult], thread_counts
     if unit == "more time":
         value, worst = (None if ratio is None else 1 / ratio - 1 for ratio in (value, worst))
     at_least, reach_for = row.figures.get(baseline, (None, None))
-    wanted = len(LIMITS_SHAPES) * thread_counts
+    wanted = len(row.shapes) * thread_counts
     return Line(row.title, baseline, unit, value, worst, at_least, reach_for, len(ratios), wanted)
 
 

@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {
         cases_dropout.FAMILY,
     )
 }
-SUITES = ("smoke", "quick", "full", "sweep", "limits")
+SUITES = ("smoke", "quick", "full", "sweep", *suites.ROWS)
 CASES = (*(case for family in FAMILIES.values() for case in family.cases), *suites.CASES)
 
 
@@ -48,11 +48,12 @@ def default_baselines(suite: str) -> list[str]:
     """What a suite measures against unless told otherwise.
 
     All baselines; torch.compile, which takes seconds a case, and variants of ours only in the full suite. A
-    sweep compares ours with itself at other M, and `limits` names what it is to be compared with.
+    sweep compares ours with itself at other M; `limits` and `methods` name what ours is to be compared with.
     """
     usual = tuple(name for name in BASELINES if name not in ("compile", *OWN_VARIANTS))
-    special = {"full": BASELINES, "sweep": ("dense",), "limits": suites.LIMITS_BASELINES}
-    return list(special.get(suite, usual))
+    if suite in suites.ROWS:
+        return list(suites.figures_against(suite))
+    return list({"full": BASELINES, "sweep": ("dense",)}.get(suite, usual))
 
 
 def baselines(case: Case) -> tuple[str, ...]:

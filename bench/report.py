@@ -105,7 +105,7 @@ def print_verdicts(console: Console, report: Report) -> None:
 
 
 def limits_table(lines: Sequence[Line]) -> Table:
-    """Every figure of the suite `limits`: what was found, what it has to be, and whether it is."""
+    """Every figure of a suite that has some: what was found, what it has to be, and whether it is."""
     title = "Figures to reach: geometric means over shapes and thread counts; sizes are the largest"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     for heading in ("", "against"):

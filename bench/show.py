@@ -21,6 +21,7 @@ from .limits import judge_limits
 from .plot import FORMATS, check_plot, save_plot
 from .report import case_view, limits_table, print_header, print_sweep, print_verdicts, summary_table
 from .results import Report, read_json
+from .suites import ROWS
 from .sweep import curves, has_curves, judge_sweep
 
 _TABLE_WIDTH = 132  # a narrower terminal wraps lines, which loses nothing
@@ -81,7 +82,7 @@ def conclude(report: Report, console: Console, plot: Path | None) -> int:
     """Print tables and verdicts, draw the plot; returns the exit status."""
     settings = report.settings
     console.print(summary_table(report))
-    if settings.suite == "limits":
+    if settings.suite in ROWS:
         console.print(limits_table(judge_limits(report)))
     verdicts = [judge(result, settings.fail_below) for result in report.cases]
     if settings.suite == "sweep" or settings.fail_sweep:

@@ -1,10 +1,12 @@
-"""Suites that ask a question of their own: `sweep` (sweep.py answers it) and `limits` (limits.py does)."""
+"""Suites with a question of their own: `sweep` (sweep.py answers it), `limits` and `methods` (limits.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from .case import BASELINES, NO_DROPOUT, PLAIN_SCALES, Case, Direction
+from .cases_dora import DORA, NORM
+from .cases_ia3 import FEEDFORWARD, IA3, SCALE_ONLY
 from .cases_linear import NF4, QLORA
 
 SWEEP_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
@@ -17,7 +19,8 @@ SWEEP = tuple(
     for m in SWEEP_TOKENS
 )
 
-LIMITS_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (K, N)
+Shapes = tuple[tuple[int, int], ...]  # (K, N)
+LIMITS_SHAPES: Shapes = ((4096, 4096), (4096, 11008), (11008, 4096))
 LIMITS_THREADS = (1, 2)
 
 Figures = tuple[float | None, float | None]  # at least, reach for; None: there is no such figure
@@ -26,24 +29,28 @@ _NONE: Figures = (None, None)
 
 @dataclass(frozen=True)
 class Row:
-    """One problem on all shapes, and the figures to reach against every baseline.
+    """One problem on some shapes, and the figures to reach against every baseline.
 
     Attributes:
         title: of the row.
         problem: the case, with k = n = 0.
         figures: baseline -> how many times as fast ours is to be; against a variant of ours, which share of
             its time ours may take more.
+        shapes: of the cases.
+        suite: that they are in.
     """
 
     title: str
     problem: Case
     figures: dict[str, Figures]
+    shapes: Shapes = LIMITS_SHAPES
+    suite: str = "limits"
 
     @property
     def cases(self) -> tuple[Case, ...]:
         """The problem on every shape, measured against the baselines that have figures."""
-        shared = replace(self.problem, suites=("limits",), against=tuple(self.figures))
-        return tuple(replace(shared, k=k, n=n) for k, n in LIMITS_SHAPES)
+        shared = replace(self.problem, suites=(self.suite,), against=tuple(self.figures))
+        return tuple(replace(shared, k=k, n=n) for k, n in self.shapes)
 
 
 def _forward(m: int, figures: dict[str, Figures], dtype: str = "float32") -> Row:
@@ -82,5 +89,36 @@ LIMITS = (
     _dropout(64),
     _dropout(512),
 )
-LIMITS_BASELINES = tuple(name for name in BASELINES if any(name in row.figures for row in LIMITS))
-CASES = (*SWEEP, *(case for row in LIMITS for case in row.cases))
+
+
+def _method(title: str, problem: Case, n: int = 4096, **at_least: float) -> Row:
+    """A figure for a case of its own shape; baselines by name, with _ for -."""
+    figures: dict[str, Figures] = {name.replace("_", "-"): (least, None) for name, least in at_least.items()}
+    return Row(title, replace(problem, k=0, n=0), figures, ((problem.k, n),), "methods")
+
+
+METHODS = (
+    _method("dora_norm", NORM(4096, 0, weight="dense"), peft=25, eager=1.3),
+    _method("DoRA NF4 forward+backward M=64", DORA(64, 4096, 0, r=16), peft=8),
+    _method("DoRA NF4 forward+backward M=512", DORA(512, 4096, 0, r=16), peft=2.7, ours_lora=0.12),
+    _method("DoRA dense forward+backward M=512", DORA(512, 4096, 0, r=16, weight="dense"), ours_lora=0.12),
+    _method("DoRA NF4 evaluation M=1", DORA(1, 4096, 0, r=16, direction="forward"), ours_lora=0.05),
+    _method("DoRA NF4 evaluation M=64", DORA(64, 4096, 0, r=16, direction="forward"), ours_lora=0.05),
+    _method("IA3 NF4 outputs forward+backward M=512", IA3("ia3_linear", 512, 4096, 0), peft=2),
+    _method("IA3 NF4 inputs forward+backward M=512", IA3(FEEDFORWARD, 512, 4096, 0), peft=2),
+    _method(
+        "IA3 dense scale alone M=4096",
+        IA3(SCALE_ONLY, 4096, 64, 0, weight="dense", direction="backward"),
+        eager=2,
+    ),
+)
+
+ROWS = {"limits": LIMITS, "methods": METHODS}
+
+
+def figures_against(suite: str) -> tuple[str, ...]:
+    """The baselines that a suite has figures for."""
+    return tuple(name for name in BASELINES if any(name in row.figures for row in ROWS[suite]))
+
+
+CASES = (*SWEEP, *(case for rows in ROWS.values() for row in rows for case in row.cases))

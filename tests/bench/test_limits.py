@@ -3,11 +3,12 @@ import io
 import math
 
 import pytest
-from peft_kernels.bench.case import NO_DROPOUT, PLAIN_SCALES
+from peft_kernels.bench.case import NO_DROPOUT, OURS_LORA, PLAIN_SCALES
 from peft_kernels.bench.limits import Line, judge_limits
+from peft_kernels.bench.registry import select
 from peft_kernels.bench.report import limits_table
 from peft_kernels.bench.results import ContestantResult
-from peft_kernels.bench.suites import LIMITS, LIMITS_SHAPES
+from peft_kernels.bench.suites import LIMITS, LIMITS_SHAPES, METHODS
 from rich.console import Console
 
 FIRST = LIMITS[0]  # forward float32 M=1
@@ -41,6 +42,25 @@ def test_the_figures_are_those_of_the_issue():
     assert QLORA.figures[PLAIN_SCALES] == (0.05, 0.02)
     assert DROPOUT.figures == {NO_DROPOUT: (0.03, None)}
     assert len(LIMITS) == 15
+
+
+def test_the_figures_of_the_methods_are_those_of_the_issue():
+    figures = {row.title: {name: figure for name, (figure, _) in row.figures.items()} for row in METHODS}
+    assert figures["dora_norm"] == {"peft": 25, "eager": 1.3}
+    assert figures["DoRA NF4 forward+backward M=64"] == {"peft": 8}
+    assert figures["DoRA NF4 forward+backward M=512"] == {"peft": 2.7, OURS_LORA: 0.12}
+    assert figures["DoRA NF4 evaluation M=1"] == {OURS_LORA: 0.05}
+    assert figures["IA3 NF4 outputs forward+backward M=512"] == {"peft": 2}
+    assert figures["IA3 dense scale alone M=4096"] == {"eager": 2}
+    assert all(case in select("methods") for row in METHODS for case in row.cases)
+
+
+def test_methods_are_judged_without_the_sizes_of_limits(result_of, report_of):
+    row = next(row for row in METHODS if OURS_LORA in row.figures and "peft" in row.figures)
+    results = [result_of(row.cases[0], threads, peft=3.0, ours_lora=0.9) for threads in (1, 2)]
+    lines = judge_limits(report_of("methods", results))
+    assert [(line.against, line.reached) for line in lines] == [("peft", "at least"), (OURS_LORA, "at least")]
+    assert line_of(lines, OURS_LORA).value == pytest.approx(1 / 0.9 - 1)
 
 
 def test_a_figure_is_the_geometric_mean_over_shapes_and_threads(result_of, report_of):

@@ -267,5 +267,7 @@ def test_selection():
         ValueError, match="family must be one of nf4, linear, int8, dora, ia3, dropout, got fusion"
     ):
         select("full", ["fusion"])
-    with pytest.raises(ValueError, match="suite must be one of smoke, quick, full, sweep, limits, got all"):
+    with pytest.raises(
+        ValueError, match="suite must be one of smoke, quick, full, sweep, limits, methods, got all"
+    ):
         select("all")
