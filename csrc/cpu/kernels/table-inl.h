@@ -15,9 +15,23 @@ namespace {
 #include "linear_backward-inl.h"
 
 #include "linear_int8-inl.h"
+
+#include "activation-inl.h"
+
+#include "adapter-inl.h"
+
+#include "adapter_backward-inl.h"
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable{
-    kName,          plan, nf4_quantize, nf4_dequantize, philox_dropout, adapted_linear, adapted_linear_backward,
-    nf4_linear_int8};
+const Kernels kTable{kName,
+                     plan,
+                     nf4_quantize,
+                     nf4_dequantize,
+                     philox_dropout,
+                     adapted_linear,
+                     adapted_linear_backward,
+                     nf4_linear_int8,
+                     activate,
+                     bottleneck_adapter,
+                     bottleneck_adapter_backward};
