@@ -1,13 +1,13 @@
 """Fused kernels for parameter-efficient fine-tuning: LoRA and QLoRA layers, faster and in less memory.
 
 >>> import peft_kernels as pk
->>> report = pk.replace_layers(model)  # a model with PEFT or bitsandbytes layers: same numbers, same keys
+>>> report = pk.replace_layers(model)  # a model with PEFT, adapters or bitsandbytes layers: same numbers
 >>> print(report)                      # per layer: fused or left alone, and why
 
 `pk.functional` has the ops, `pk.nn` the layers; `python -m peft_kernels` says what runs on this machine.
 """
 
-from peft_kernels import functional, nn
+from peft_kernels import functional, io, nn
 from peft_kernels.core.backend import use_backend
 from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery import explain, replace_layers, restore_layers
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "io",
     "nn",
     "replace_layers",
     "restore_layers",

@@ -118,8 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ad
                   "residual_is_hidden needs as many output as input features, got ", in.out_features, " and ",
                   in.in_features);
 
-  cpu::BottleneckAdapterBackward problem{in.view, array("grad", grad), array("grad_down", grad_down),
-                                         residual_is_hidden};
+  cpu::BottleneckAdapterBackward problem;
+  static_cast<cpu::AdapterOperands&>(problem) = in.view;
+  problem.grad = array("grad", grad);
+  problem.grad_down = array("grad_down", grad_down);
+  problem.residual_is_hidden = residual_is_hidden;
   // An output that is not asked for is an empty tensor of its parameter's dtype.
   const auto gradient = [&](const char* name, bool needed, const OptionalTensor& of, cpu::MutableArray& slot) {
     STD_TORCH_CHECK(!needed || of, "need_", name, " needs ", name);

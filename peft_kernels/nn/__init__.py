@@ -1,7 +1,8 @@
 """Layers: parameters and a forward; the maths is in `peft_kernels.functional`."""
 
+from peft_kernels.nn.bottleneck_adapter import BottleneckAdapter
 from peft_kernels.nn.dropout import PhiloxDropout
 from peft_kernels.nn.lora_linear import LoRALinear
 from peft_kernels.nn.nf4_linear import NF4Linear
 
-__all__ = ["LoRALinear", "NF4Linear", "PhiloxDropout"]
+__all__ = ["BottleneckAdapter", "LoRALinear", "NF4Linear", "PhiloxDropout"]

@@ -1,6 +1,10 @@
-"""Model surgery: run a model's PEFT and bitsandbytes layers on the fused kernels, and back."""
+"""Model surgery: run a model's PEFT, adapters and bitsandbytes layers on the fused kernels, and back."""
 
-from peft_kernels.surgery import bitsandbytes_linear, peft_lora  # noqa: F401 (they register their handlers)
+from peft_kernels.surgery import (  # noqa: F401 (they register their handlers)
+    adapters_bottleneck,
+    bitsandbytes_linear,
+    peft_lora,
+)
 from peft_kernels.surgery.replace import explain, replace_layers, restore_layers
 from peft_kernels.surgery.report import Report, Row
 

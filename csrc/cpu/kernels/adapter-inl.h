@@ -56,6 +56,25 @@ void fill_rows(Array values, int64_t first, int64_t count, int64_t rows, int64_t
   for (int64_t i = 1; i < rows; ++i) std::memcpy(dst + i * width, dst, static_cast<size_t>(width) * sizeof(float));
 }
 
+// Fetches src[at .. at + count) into the second-level cache: what lies a row apart is nothing that the processor would
+// fetch by itself.
+inline void prefetch_row(Array src, int64_t at, int64_t count) {
+  const int64_t size = src.dtype == DType::kFloat32 ? 4 : 2;
+  const char* bytes = static_cast<const char*>(src.data) + at * size;
+  for (int64_t i = 0; i < count * size; i += kCacheLine) prefetch_far(bytes + i);
+}
+
+// dst[t][i] = src[m0 + t][k0 + i] for i < count, rows kBlockDepth apart; the block after it is fetched on the way.
+void load_adapter_block(Array src, int64_t row_size, int64_t m0, int64_t tokens, int64_t k0, int64_t count,
+                        float* dst) {
+  const int64_t next = lesser(kBlockDepth, row_size - k0 - count);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t at = (m0 + t) * row_size + k0;
+    load_row(src, at, count, dst + t * kBlockDepth);
+    prefetch_row(src, at + count, next);
+  }
+}
+
 // z[tokens, width] = hidden W_d^T + b_d for tokens from m0 on. Scratch: a [tokens, kBlockDepth], panel [kBlockDepth,
 // P].
 void adapter_down(const AdapterOperands& p, int64_t m0, int64_t tokens, int64_t width, float* a, float* panel,
@@ -63,7 +82,7 @@ void adapter_down(const AdapterOperands& p, int64_t m0, int64_t tokens, int64_t 
   fill_rows(p.down_bias, 0, p.rank, tokens, width, z);
   for (int64_t k0 = 0; k0 < p.in_features; k0 += kBlockDepth) {
     const int64_t depth = lesser(kBlockDepth, p.in_features - k0);
-    load_block(p.hidden, p.in_features, m0, tokens, k0, depth, kBlockDepth, a);
+    load_adapter_block(p.hidden, p.in_features, m0, tokens, k0, depth, a);
     for (int64_t j = 0; j < p.rank; j += kPanelColumns) {
       pack_transposed(p.down_weight, p.in_features, j, lesser(kPanelColumns, p.rank - j), k0, depth, panel);
       multiply_panel(a, kBlockDepth, tokens, panel, depth, z + j, width);
@@ -103,11 +122,26 @@ void finish_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64
   }
   store_row(row, count, p.out, at);
 }
+// The same for the common case, fp32 with neither dropout nor gate nor `up`, in one go.
+void finish_plain_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64_t count, const float* scale,
+                              const float* row) {
+  const int64_t at = m * p.out_features + n0;
+  float* out = static_cast<float*>(p.out.data) + at;
+  const float* residual = p.residual ? static_cast<const float*>(p.residual.data) + at : nullptr;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec up = mul(load(row + i), load(scale + i));
+    store(out + i, residual == nullptr ? up : add(up, load(residual + i)));
+  }
+  for (; i < count; ++i) out[i] = row[i] * scale[i] + (residual == nullptr ? 0.0f : residual[i]);
+}
 
 void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
   if (p.tokens == 0) return;
   const AdapterTiles tiles(p.tokens, p.rank, pool);
   const int64_t width = whole_panels(p.rank);
+  const bool plain = !p.up && p.dropout.threshold == 0 && !p.gate && p.out.dtype == DType::kFloat32 &&
+                     (!p.residual || p.residual.dtype == DType::kFloat32);
   parallel(pool, tiles.tiles, [&](int64_t tile) {
     const int64_t m0 = tiles.first(tile), tokens = tiles.count(tile);
     Slice scratch{
@@ -131,7 +165,11 @@ void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
         }
       }
       load_adapter_scale(p, n0, columns, scale);
-      for (int64_t t = 0; t < tokens; ++t) finish_adapter_row(p, m0 + t, n0, columns, scale, a + t * block);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* row = a + t * block;
+        plain ? finish_plain_adapter_row(p, m0 + t, n0, columns, scale, row)
+              : finish_adapter_row(p, m0 + t, n0, columns, scale, a + t * block);
+      }
     }
   });
 }

@@ -4,6 +4,8 @@
 // Between them stand f(z) and dz, [tokens, rank] each, transposed in blocks of kBlockDepth tokens. As in the forward,
 // no sum's order depends on the number of threads.
 
+inline constexpr int64_t kRowsAhead = 16;  // that are fetched where a pass goes down a block of columns
+
 // The gradient of the gated up[m, n0 .. n0 + count), without the gate: dropout' grad.
 void load_adapter_grad(const BottleneckAdapterBackward& p, int64_t m, int64_t n0, int64_t count, float* dst) {
   const int64_t at = m * p.out_features + n0;
@@ -24,6 +26,7 @@ void adapter_up_backward(const BottleneckAdapterBackward& p, int64_t m0, int64_t
     for (int64_t t = 0; t < tokens; ++t) {
       float* row = a + t * kBlockDepth;
       load_adapter_grad(p, m0 + t, n0, depth, row);
+      prefetch_row(p.grad, (m0 + t) * p.out_features + n0 + depth, lesser(kBlockDepth, p.out_features - n0 - depth));
       multiply_row(row, scale, depth);
       for (int64_t i = 0; i < depth && bias_part != nullptr; ++i) bias_part[t] += row[i] * bias[i];
     }
@@ -135,6 +138,7 @@ void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_trans
   const bool sums_needed = p.dup_weight || p.dscale;
   const auto load = [&](int64_t m, float* dst) {
     load_adapter_grad(p, m, n0, columns, dst);
+    if (m + kRowsAhead < p.tokens) prefetch_row(p.grad, (m + kRowsAhead) * p.out_features + n0, columns);
     const float gate = load_gate(p, m);
     for (int64_t i = 0; i < columns; ++i) {
       dst[i] *= gate;

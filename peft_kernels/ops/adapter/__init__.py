@@ -1,4 +1,4 @@
-"""The bottleneck adapter: down product, activation, up product, scale, dropout, gate and residual in one op."""
+"""The bottleneck adapter: two products, activation, scale, dropout, gate and residual in one op."""
 
 from peft_kernels.ops.adapter import reference
 

@@ -92,8 +92,8 @@ def bottleneck_adapter(
         NotImplementedError: called inside a torch.func transform or under forward-mode differentiation; or,
             from the backward pass, a second derivative is wanted.
 
-    Source: Houlsby et al., arXiv 1902.00751, section 2.1; Pfeiffer et al., 2005.00247, section 3; parallel and
-    scaled: He et al., 2110.04366, section 4; gate: UniPELT, 2110.07577, section 3.2.
+    Source: Houlsby et al., arXiv 1902.00751, section 2.1; Pfeiffer et al., 2005.00247, section 3; parallel
+    and scaled: He et al., 2110.04366, section 4; gate: UniPELT, 2110.07577, section 3.2.
     """
     return bottleneck_adapter_with_intermediates(
         hidden, down_weight, down_bias, up_weight, up_bias,
@@ -172,13 +172,16 @@ def bottleneck_adapter_with_intermediates(
     is_hidden = added is hidden
     gates = None if gate is None else _gate_of_tokens(gate, lead)
     seed = as_seed(seed, hidden.device) if dropout_p > 0.0 else None
-    parts = (down_weight, down_bias, up_weight, up_bias)
-    rest = (*_scale(scaling, hidden), gates, dropout_p, seed)
+    constant, scale = _scale(scaling)
+    rest = (constant, scale, gates, dropout_p, seed)
     if isinstance(activation, str):
-        operands = Operands(*parts, _activation_index(activation), *rest)
+        index = _activation_index(activation)
+        operands = Operands(down_weight, down_bias, up_weight, up_bias, index, *rest)
         out, down, up = _fused(hidden, added, is_hidden, operands, need_down, need_up)
     else:
-        out, down, up = _composed(hidden, added, Operands(*parts, 0, *rest), activation)
+        out, down, up = _composed(
+            hidden, added, Operands(down_weight, down_bias, up_weight, up_bias, 0, *rest), activation
+        )
     if ln_after is not None:
         out = _layer_norm("ln_after", out, ln_after)
         if residual is not None and added is None:
@@ -253,7 +256,7 @@ def _activation_index(name: str) -> int:
     return ACTIVATIONS.index(known)
 
 
-def _scale(scaling: float | torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def _scale(scaling: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """The constant and the learned factor, of which one is 1."""
     if isinstance(scaling, torch.Tensor):
         return 1.0, scaling.reshape(1) if scaling.dim() == 0 else scaling

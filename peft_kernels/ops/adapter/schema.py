@@ -1,4 +1,4 @@
-"""Contract of the bottleneck adapter: schemas, argument checks (shared by the eager and the fake path), fakes."""
+"""Contract of the bottleneck adapter: schemas, argument checks (of the eager and the fake path), fakes."""
 
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "t
 LEAKY_SLOPE = 0.01
 
 _OPERANDS = (
-    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, int activation, float scaling, "
-    "Tensor? scale, Tensor? gate, float dropout_p, Tensor? seed"
+    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, int activation, "
+    "float scaling, Tensor? scale, Tensor? gate, float dropout_p, Tensor? seed"
 )
 
 define_op(
@@ -31,9 +31,9 @@ define_op(
 )
 define_op(
     "bottleneck_adapter_backward",
-    f"(Tensor grad, Tensor? grad_down, Tensor hidden, {_OPERANDS}, bool residual_is_hidden, bool need_hidden, "
-    "bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias, bool need_scale, "
-    "bool need_gate) -> (Tensor dhidden, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, "
+    f"(Tensor grad, Tensor? grad_down, Tensor hidden, {_OPERANDS}, bool residual_is_hidden, "
+    "bool need_hidden, bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias, "
+    "bool need_scale, bool need_gate) -> (Tensor dhidden, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, "
     "Tensor dup_bias, Tensor dscale, Tensor dgate)",
 )
 
