@@ -168,3 +168,22 @@ def peft_layer(
     own_a, own_b = (nn.Parameter(values.detach().clone()) for values in (lora_a, lora_b))
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = own_a, own_b
     return layer, own_a, own_b
+
+
+def adapters_module(
+    size: int, rank: int, scaling: float, parameters: tuple[Tensor, ...]
+) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """An `Adapter` of the adapters library (SeqBn, relu) and its parameters, which start as those given.
+
+    Raises:
+        Unavailable: the library is not installed.
+    """
+    require("adapters")
+    modeling = importlib.import_module("adapters.methods.modeling")
+    config = importlib.import_module("adapters").SeqBnConfig(scaling=scaling)
+    module = modeling.Adapter("adapter", size, rank, config).to(parameters[0].dtype)
+    own = (module.adapter_down[0].weight, module.adapter_down[0].bias, *module.adapter_up.parameters())
+    with torch.no_grad():
+        for mine, given in zip(own, parameters, strict=True):
+            mine.copy_(given)
+    return module, own

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from . import cases_dropout, cases_int8, cases_linear, cases_nf4, suites
+from . import cases_adapter, cases_dropout, cases_int8, cases_linear, cases_nf4, suites
 from .case import BASELINES, OWN_VARIANTS, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (cases_nf4.FAMILY, cases_linear.FAMILY, cases_int8.FAMILY, cases_dropout.FAMILY)
+    for family in (
+        cases_nf4.FAMILY,
+        cases_linear.FAMILY,
+        cases_int8.FAMILY,
+        cases_dropout.FAMILY,
+        cases_adapter.FAMILY,
+    )
 }
 SUITES = ("smoke", "quick", "full", "sweep", "limits")
 CASES = (*(case for family in FAMILIES.values() for case in family.cases), *suites.CASES)

@@ -41,8 +41,8 @@ _PARALLEL = _HOULSBY | {
     "scaling": 4.0,
 }
 
-# The options of DoubleSeqBnConfig, SeqBnConfig and ParBnConfig in `adapters`. Some say where in the model
-# adapters are put and what surrounds them; those are for the model's code. `BottleneckAdapter` is what is put there.
+# The options of DoubleSeqBnConfig, SeqBnConfig and ParBnConfig in `adapters`. Where adapters are put
+# (mh_adapter, output_adapter) and what surrounds them (original_ln_*, residual_before_ln): the model's code.
 BOTTLENECK_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         name: MappingProxyType(p)

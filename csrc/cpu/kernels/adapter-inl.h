@@ -3,9 +3,9 @@
 // intermediate [tile, rank] never leaves it. Each sum runs over its features in order, so neither the height of a tile
 // nor the number of threads changes a bit.
 
-inline constexpr int64_t kAdapterTokens = 256;      // of a tile, at most
+inline constexpr int64_t kAdapterTokens = 512;      // of a tile, at most
 inline constexpr int64_t kAdapterElements = 65536;  // of an intermediate [tile, rank], at most, for a large rank
-inline constexpr int64_t kAdapterColumns = 128;     // output features that a tile computes at a time
+inline constexpr int64_t kAdapterColumns = 128;     // features that a tile computes at a time; at most kBlockDepth
 
 // Tokens first .. first + count of one tile; `tiles` of nearly equal height, a whole number for each thread.
 struct AdapterTiles {
@@ -145,11 +145,11 @@ void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
   parallel(pool, tiles.tiles, [&](int64_t tile) {
     const int64_t m0 = tiles.first(tile), tokens = tiles.count(tile);
     Slice scratch{
-        task_scratch(static_cast<size_t>(slice_size(tiles.height * greater(kBlockDepth, kAdapterColumns)) +
+        task_scratch(static_cast<size_t>(slice_size(tiles.height * kBlockDepth) +
                                          slice_size(kBlockDepth * kPanelColumns) + slice_size(tiles.height * width)))};
-    float* a = scratch.take(tiles.height * greater(kBlockDepth, kAdapterColumns));  // hidden, then the results
-    float* panel = scratch.take(kBlockDepth * kPanelColumns);                       // of either weight, transposed
-    float* z = scratch.take(tiles.height * width);                                  // [tokens, width]
+    float* a = scratch.take(tiles.height * kBlockDepth);       // hidden, then the results
+    float* panel = scratch.take(kBlockDepth * kPanelColumns);  // of either weight, transposed
+    float* z = scratch.take(tiles.height * width);             // [tokens, width]
     adapter_down(p, m0, tokens, width, a, panel, z);
     activate(p.activation, z, nullptr, tokens * width);
     for (int64_t t = 0; t < tokens && p.down; ++t) store_row(z + t * width, p.rank, p.down, (m0 + t) * p.rank);

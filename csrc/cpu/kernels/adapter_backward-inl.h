@@ -78,11 +78,10 @@ void backward_tokens(const BottleneckAdapterBackward& p, float* f_transposed, fl
   const bool through_activation = p.dhidden || p.ddown_weight || p.ddown_bias, needs_q = through_activation || p.dgate;
   parallel(pool, tiles.tiles, [&](int64_t tile) {
     const int64_t m0 = tiles.first(tile), tokens = tiles.count(tile);
-    Slice scratch{task_scratch(static_cast<size_t>(slice_size(tiles.height * greater(kBlockDepth, kAdapterColumns)) +
-                                                   slice_size(kBlockDepth * greater(ranks, kAdapterColumns)) +
-                                                   3 * slice_size(tiles.height * width) + slice_size(tiles.height) +
-                                                   slice_size(width)))};
-    float* a = scratch.take(tiles.height * greater(kBlockDepth, kAdapterColumns));  // hidden, grad, then dhidden
+    Slice scratch{task_scratch(static_cast<size_t>(
+        slice_size(tiles.height * kBlockDepth) + slice_size(kBlockDepth * greater(ranks, kAdapterColumns)) +
+        3 * slice_size(tiles.height * width) + slice_size(tiles.height) + slice_size(width)))};
+    float* a = scratch.take(tiles.height * kBlockDepth);  // hidden, grad, then dhidden
     float* panels = scratch.take(kBlockDepth * greater(ranks, kAdapterColumns));
     float* f = scratch.take(tiles.height * width);      // z, then f(z)    [tokens, width]
     float* slope = scratch.take(tiles.height * width);  // f'(z)           [tokens, width]
@@ -134,7 +133,7 @@ void adapter_weight_sums(int64_t tokens, int64_t rank, const float* left_transpo
 void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_transposed, int64_t n0, int64_t columns,
                         float* panels, float* sums, float* row, float* dscale) {
   const int64_t width = whole_panels(columns);
-  float total[kAdapterColumns] = {}, scale[kAdapterColumns], bias[kAdapterColumns] = {};
+  float total[kBlockDepth] = {}, scale[kBlockDepth], bias[kBlockDepth] = {};
   const bool sums_needed = p.dup_weight || p.dscale;
   const auto load = [&](int64_t m, float* dst) {
     load_adapter_grad(p, m, n0, columns, dst);
@@ -178,8 +177,8 @@ void backward_down_weight(const BottleneckAdapterBackward& p, const float* dz_tr
 
 void backward_features(const BottleneckAdapterBackward& p, const float* f_transposed, const float* dz_transposed,
                        float* dscale, ThreadPool pool) {
-  const int64_t out_block = block_columns(p.out_features, kAdapterColumns, pool);
-  const int64_t in_block = block_columns(p.in_features, kAdapterColumns, pool);
+  const int64_t out_block = block_columns(p.out_features, kBlockDepth, pool);
+  const int64_t in_block = block_columns(p.in_features, kBlockDepth, pool);
   const int64_t out_tasks = p.dup_weight || p.dup_bias || p.dscale ? ceil_div(p.out_features, out_block) : 0;
   const int64_t in_tasks = p.ddown_weight ? ceil_div(p.in_features, in_block) : 0;
   const int64_t width = whole_panels(greater(out_block, in_block));

@@ -50,8 +50,9 @@ def slope(activation: int, z: torch.Tensor) -> torch.Tensor:
     if name == "silu":
         return torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
     if name == "gelu":
-        return torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    square, c = z * z, 2 * math.sqrt(2 / math.pi)  # gelu_tanh(z) = z sigmoid(c u)
+        cdf: torch.Tensor = torch.special.ndtr(z)
+        return cdf + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    c, square = 2 * math.sqrt(2 / math.pi), z * z  # gelu_tanh(z) = z sigmoid(c u)
     u, du = z * (1 + 0.044715 * square), 1 + 3 * 0.044715 * square
     return torch.sigmoid(c * u) * (1 + z * c * du * torch.sigmoid(-c * u))
 

@@ -33,8 +33,8 @@ define_op(
     "bottleneck_adapter_backward",
     f"(Tensor grad, Tensor? grad_down, Tensor hidden, {_OPERANDS}, bool residual_is_hidden, "
     "bool need_hidden, bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias, "
-    "bool need_scale, bool need_gate) -> (Tensor dhidden, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, "
-    "Tensor dup_bias, Tensor dscale, Tensor dgate)",
+    "bool need_scale, bool need_gate) -> (Tensor dhidden, Tensor ddown_weight, Tensor ddown_bias, "
+    "Tensor dup_weight, Tensor dup_bias, Tensor dscale, Tensor dgate)",
 )
 
 

@@ -1,7 +1,7 @@
 """Problems for the bottleneck adapter: inputs, the meaning in float64, and what rounding may do to results.
 
-Errors are followed through the formula: each step passes on what its inputs have, by the largest slope there is,
-and adds what its own sums and roundings cause (numerics.gamma).
+Errors are followed through the formula: each step passes on what its inputs have, by the largest slope there
+is, and adds what its own sums and roundings cause (numerics.gamma).
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ NAMES = ("hidden", "down_weight", "down_bias", "up_weight", "up_bias", "scale", 
 # Largest |f'| and |f''| of each activation.
 SLOPES = {"gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}
 CURVATURES = {"gelu": 0.8, "gelu_tanh": 0.81, "silu": 0.5, "tanh": 0.77}
-# Error of f and f' themselves in float32, relative to max(|f|, |z|) and 1: eight units (csrc/.../activation-inl.h).
+# Error of f and f' themselves in float32, relative to max(|f|, |z|) and 1: eight units (activation-inl.h).
 ACTIVATION_ERROR = 8 * 2.0**-23
 
 
 @dataclass
 class Problem:
-    """One call: float inputs that are there by NAMES (residual may be hidden itself), gradients of the outputs."""
+    """One call: the float inputs that are there, by NAMES, and the gradient of its result."""
 
     tensors: numerics.Tensors
     grad: torch.Tensor
@@ -43,7 +43,8 @@ class Problem:
             t["hidden"], t["down_weight"], t.get("down_bias"), t["up_weight"], t.get("up_bias"),
             activation=self.activation, scaling=t.get("scale", self.scaling),
             residual=t["hidden"] if self.residual_is_hidden else t.get("residual"),
-            dropout_p=self.dropout_p, seed=self.seed, gate=t.get("gate"), need_down=need_down, need_up=need_up,
+            dropout_p=self.dropout_p, seed=self.seed, gate=t.get("gate"),
+            need_down=need_down, need_up=need_up,
         )  # fmt: skip
 
     def run_with_gradients(self) -> tuple[torch.Tensor, numerics.Tensors]:

@@ -102,7 +102,9 @@ def test_second_derivatives_are_refused(backend: str) -> None:
     problem = make_problem(4, 20, 3)
     hidden = problem.tensors["hidden"].requires_grad_()
     (dh,) = torch.autograd.grad(problem.run(hidden=hidden).square().sum(), hidden, create_graph=True)
-    with pytest.raises(NotImplementedError, match="^bottleneck_adapter has no second derivative: .* or use "):
+    with pytest.raises(
+        NotImplementedError, match=r"^bottleneck_adapter has no second derivative: .* or use "
+    ):
         dh.sum().backward()
 
 

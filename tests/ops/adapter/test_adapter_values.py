@@ -1,4 +1,4 @@
-"""The bottleneck adapter against float64: results and every gradient; what is saved, written and left alone."""
+"""The bottleneck adapter against float64: results and every gradient, for all options, shapes and dtypes."""
 
 import itertools
 import math
