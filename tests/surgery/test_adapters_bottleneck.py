@@ -36,11 +36,15 @@ def config(name: str = "SeqBn", **options: Any) -> Any:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Up to rounding: the two sum in different orders, in a model of two layers."""
+    """Up to rounding: the two sum in different orders, in a model of two layers.
+
+    Some gradients, as of the bias of AdapterFusion's keys, are nothing but the rounding of larger ones.
+    """
     assert got.keys() == expected.keys()
+    noise = 1e-6 * max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            got[name], tensor, rtol=2e-4, atol=2e-5 * float(tensor.abs().max()), msg=name
+            got[name], tensor, rtol=2e-4, atol=2e-5 * float(tensor.abs().max()) + noise, msg=name
         )
 
 

@@ -3,7 +3,7 @@
 // intermediate [tile, rank] never leaves it. Each sum runs over its features in order, so neither the height of a tile
 // nor the number of threads changes a bit.
 
-inline constexpr int64_t kAdapterTokens = 512;      // of a tile, at most
+inline constexpr int64_t kAdapterTokens = 256;      // of a tile, at most
 inline constexpr int64_t kAdapterElements = 65536;  // of an intermediate [tile, rank], at most, for a large rank
 inline constexpr int64_t kAdapterColumns = 128;     // features that a tile computes at a time; at most kBlockDepth
 
@@ -156,6 +156,11 @@ void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
     float scale[kAdapterColumns];
     for (int64_t n0 = 0; n0 < p.out_features; n0 += kAdapterColumns) {
       const int64_t columns = lesser(kAdapterColumns, p.out_features - n0), block = whole_panels(columns);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t at = (m0 + t) * p.out_features + n0;
+        if (p.residual) prefetch_row(p.residual, at, columns);
+        prefetch_row({p.out.data, p.out.dtype}, at, columns);
+      }
       fill_rows(p.up_bias, n0, columns, tokens, block, a);
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
         for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockDepth) {

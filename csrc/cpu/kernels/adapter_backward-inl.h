@@ -55,6 +55,9 @@ void adapter_dhidden(const BottleneckAdapterBackward& p, int64_t m0, int64_t tok
                      float* panels, float* sums) {
   for (int64_t k0 = 0; k0 < p.in_features; k0 += kAdapterColumns) {
     const int64_t columns = lesser(kAdapterColumns, p.in_features - k0), block = whole_panels(columns);
+    for (int64_t t = 0; t < tokens; ++t) {
+      prefetch_row({p.dhidden.data, p.dhidden.dtype}, (m0 + t) * p.in_features + k0, columns);
+    }
     if (p.residual_is_hidden) {
       load_block(p.grad, p.in_features, m0, tokens, k0, columns, block, sums);
     } else {
