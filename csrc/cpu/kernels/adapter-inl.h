@@ -48,6 +48,23 @@ void pack_transposed(Array src, int64_t row_size, int64_t first_row, int64_t row
   }
 }
 
+// dst[j][i] = src[i][j] for rows i and columns j that lie lds, and ldd, apart.
+void transpose(const float* src, int64_t lds, int64_t rows, int64_t columns, float* dst, int64_t ldd) {
+  int64_t i = 0;
+  for (; i + kLanes <= rows; i += kLanes) {
+    const uint8_t* row[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) row[lane] = reinterpret_cast<const uint8_t*>(src + (i + lane) * lds);
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t words = lesser(kLanes, columns - j);
+      const Words w = load_transposed(row, j * static_cast<int64_t>(sizeof(float)), words);
+      for (int64_t c = 0; c < words; ++c) store(dst + (j + c) * ldd + i, as_floats(w.column[c]));
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) dst[j * ldd + i] = src[i * lds + j];
+  }
+}
+
 // Each row [width] becomes `values`, or zero where absent, and zero past `count`.
 void fill_rows(Array values, int64_t first, int64_t count, int64_t rows, int64_t width, float* dst) {
   if (rows == 0) return;
@@ -156,11 +173,6 @@ void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
     float scale[kAdapterColumns];
     for (int64_t n0 = 0; n0 < p.out_features; n0 += kAdapterColumns) {
       const int64_t columns = lesser(kAdapterColumns, p.out_features - n0), block = whole_panels(columns);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t at = (m0 + t) * p.out_features + n0;
-        if (p.residual) prefetch_row(p.residual, at, columns);
-        prefetch_row({p.out.data, p.out.dtype}, at, columns);
-      }
       fill_rows(p.up_bias, n0, columns, tokens, block, a);
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
         for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockDepth) {

@@ -43,10 +43,10 @@ void adapter_up_backward(const BottleneckAdapterBackward& p, int64_t m0, int64_t
 
 // dst[block][j][t] = src[t][j] for tokens m0 + t; `dst` as transpose_tokens has it.
 void store_transposed(const float* src, int64_t width, int64_t m0, int64_t tokens, int64_t rank, float* dst) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t m = m0 + t, block = m / kBlockDepth;
-    float* column = dst + block * kBlockDepth * rank + m % kBlockDepth;
-    for (int64_t j = 0; j < rank; ++j) column[j * kBlockDepth] = src[t * width + j];
+  for (int64_t t = 0, count; t < tokens; t += count) {
+    const int64_t m = m0 + t, at = m % kBlockDepth;
+    count = lesser(tokens - t, kBlockDepth - at);
+    transpose(src + t * width, width, count, rank, dst + (m - at) * rank + at, kBlockDepth);
   }
 }
 
@@ -55,9 +55,6 @@ void adapter_dhidden(const BottleneckAdapterBackward& p, int64_t m0, int64_t tok
                      float* panels, float* sums) {
   for (int64_t k0 = 0; k0 < p.in_features; k0 += kAdapterColumns) {
     const int64_t columns = lesser(kAdapterColumns, p.in_features - k0), block = whole_panels(columns);
-    for (int64_t t = 0; t < tokens; ++t) {
-      prefetch_row({p.dhidden.data, p.dhidden.dtype}, (m0 + t) * p.in_features + k0, columns);
-    }
     if (p.residual_is_hidden) {
       load_block(p.grad, p.in_features, m0, tokens, k0, columns, block, sums);
     } else {
@@ -134,7 +131,7 @@ void adapter_weight_sums(int64_t tokens, int64_t rank, const float* left_transpo
 // G = (gate * dropout' grad)^T f: dW_u = scale * G, db_u likewise, and dscale_n = W_u[n] . G[n] + b_u[n] * (the sum
 // whose multiple db_u[n] is), so that `up` is not computed again.
 void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_transposed, int64_t n0, int64_t columns,
-                        float* panels, float* sums, float* row, float* dscale) {
+                        float* panels, float* sums, float* rows, float* weight, float* dscale) {
   const int64_t width = whole_panels(columns);
   float total[kBlockDepth] = {}, scale[kBlockDepth], bias[kBlockDepth] = {};
   const bool sums_needed = p.dup_weight || p.dscale;
@@ -154,27 +151,34 @@ void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_trans
   }
   load_adapter_scale(p, n0, columns, scale);
   if (p.up_bias) load_row(p.up_bias, n0, columns, bias);
-  for (int64_t i = 0; i < columns; ++i) {
-    if (p.dscale) {
-      load_row(p.up_weight, (n0 + i) * p.rank, p.rank, row);
-      float dot = bias[i] * total[i];
-      for (int64_t j = 0; j < p.rank; ++j) dot += row[j] * sums[j * width + i];
-      dscale[n0 + i] = dot;
-    }
-    if (p.dup_weight) {
-      for (int64_t j = 0; j < p.rank; ++j) row[j] = scale[i] * sums[j * width + i];
+  for (int64_t first = 0; first < columns && sums_needed; first += kLanes) {
+    const int64_t count = lesser(kLanes, columns - first);
+    transpose(sums + first, width, p.rank, count, rows, p.rank);
+    for (int64_t i = first; i < first + count; ++i) {
+      float* row = rows + (i - first) * p.rank;  // G[n0 + i]
+      if (p.dscale) {
+        load_row(p.up_weight, (n0 + i) * p.rank, p.rank, weight);
+        float dot = bias[i] * total[i];
+        const float* one[4] = {weight};
+        multiply_dots<1, 1>(row, p.rank, one, p.rank, &dot, 1);
+        dscale[n0 + i] = dot;
+      }
+      if (!p.dup_weight) continue;
+      for (int64_t j = 0; j < p.rank; ++j) row[j] *= scale[i];
       store_row(row, p.rank, p.dup_weight, (n0 + i) * p.rank);
     }
-    total[i] *= scale[i];
   }
+  multiply_row(total, scale, columns);
   if (p.dup_bias) store_row(total, columns, p.dup_bias, n0);
 }
 
 void backward_down_weight(const BottleneckAdapterBackward& p, const float* dz_transposed, int64_t k0, int64_t columns,
                           float* panels, float* sums) {
   const int64_t width = whole_panels(columns);
-  adapter_weight_sums(p.tokens, p.rank, dz_transposed, columns, width, panels, sums,
-                      [&](int64_t m, float* row) { load_row(p.hidden, m * p.in_features + k0, columns, row); });
+  adapter_weight_sums(p.tokens, p.rank, dz_transposed, columns, width, panels, sums, [&](int64_t m, float* row) {
+    load_row(p.hidden, m * p.in_features + k0, columns, row);
+    if (m + kRowsAhead < p.tokens) prefetch_row(p.hidden, (m + kRowsAhead) * p.in_features + k0, columns);
+  });
   for (int64_t j = 0; j < p.rank; ++j) store_row(sums + j * width, columns, p.ddown_weight, j * p.in_features + k0);
 }
 
@@ -186,14 +190,16 @@ void backward_features(const BottleneckAdapterBackward& p, const float* f_transp
   const int64_t in_tasks = p.ddown_weight ? ceil_div(p.in_features, in_block) : 0;
   const int64_t width = whole_panels(greater(out_block, in_block));
   parallel(pool, out_tasks + in_tasks, [&](int64_t task) {
-    Slice scratch{task_scratch(
-        static_cast<size_t>(slice_size(kBlockDepth * width) + slice_size(p.rank * width) + slice_size(p.rank)))};
+    Slice scratch{task_scratch(static_cast<size_t>(slice_size(kBlockDepth * width) + slice_size(p.rank * width) +
+                                                   slice_size(kLanes * p.rank) + slice_size(p.rank)))};
     float* panels = scratch.take(kBlockDepth * width);  // grad or hidden  [width / P, tokens, P]
     float* sums = scratch.take(p.rank * width);         // [rank, width]
-    float* row = scratch.take(p.rank);
+    float* rows = scratch.take(kLanes * p.rank);        // of dW_u
+    float* weight = scratch.take(p.rank);
     if (task < out_tasks) {
       const int64_t n0 = task * out_block;
-      backward_up_weight(p, f_transposed, n0, lesser(out_block, p.out_features - n0), panels, sums, row, dscale);
+      backward_up_weight(p, f_transposed, n0, lesser(out_block, p.out_features - n0), panels, sums, rows, weight,
+                         dscale);
     } else {
       const int64_t k0 = (task - out_tasks) * in_block;
       backward_down_weight(p, dz_transposed, k0, lesser(in_block, p.in_features - k0), panels, sums);
