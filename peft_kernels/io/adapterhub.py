@@ -23,7 +23,12 @@ CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = (
     "pytorch_adapter.bin",
     "adapter.safetensors",
 )
-_KEY = re.compile(r"(?P<location>.+)\.adapters\.(?P<name>[^.]+)\.(?P<parameter>.+)")
+# Files of adapter-transformers before 2.0 say layer_text_task_adapters and the like.
+_KEY = re.compile(
+    r"(?P<location>.+)\.(?:adapters|(?:attention|layer)_text_(?:task|lang)_adapters)\."
+    r"(?P<name>[^.]+)\.(?P<parameter>.+)"
+)
+_OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _OPTIONS = ("ln_before", "ln_after", "use_gating", "is_parallel", "adapter_residual_before_ln")
 
 
@@ -132,6 +137,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     architecture = config["config"].get("architecture")
     if architecture is not None:
         raise ValueError(f"{file} must be of a bottleneck adapter, got one of {architecture!r}")
+    if "version" not in config:  # files of adapter-transformers before 2.0 have other names
+        options = config["config"]
+        name = options.get("non_linearity")
+        config["config"] = {**options, "non_linearity": _OLD_ACTIVATIONS.get(name, name)}
     return config
 
 
@@ -179,8 +188,6 @@ def _make(location: str, options: Mapping[str, Any], state: dict[str, torch.Tens
             f"the weights of the adapter at {location} must fit its config, got {_shapes(state)}: {error}; "
             "download the folder again"
         ) from error
-    for parameter in module.parameters():
-        parameter.requires_grad_()
     return module.eval()
 
 

@@ -91,15 +91,43 @@ def test_new_modules_are_saved_for_adapters(tmp_path: Path) -> None:
         assert torch.equal(loaded[key], tensor)
 
 
-def test_loaded_modules_train() -> None:
-    module = pk.nn.BottleneckAdapter.pfeiffer(32)
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     make_model(CONFIGS["houlsby"]).save_adapter(str(tmp_path / "a"), "sst")
     return tmp_path / "a"
+
+
+@pytest.mark.parametrize("old", ["layer_text_task_adapters", "attention_text_lang_adapters"])
+def test_old_names_of_weights(folder: Path, old: str) -> None:
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        for key in list(state):
+            state[key.replace(".adapters.", f".{old}.")] = state.pop(key)
+
+    expected = load_adapterhub(folder)
+    rewrite(folder, rename)
+    checkpoint = load_adapterhub(folder)
+    assert checkpoint.modules.keys() == expected.modules.keys()
+    for location, module in checkpoint.modules.items():
+        assert torch.equal(module.adapter_up.weight, expected.modules[location].adapter_up.weight)
+
+
+def test_loaded_modules_train(folder: Path) -> None:
+    for module in load_adapterhub(folder).modules.values():
+        module(torch.randn(3, 32)).sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("old", "new"), [("gelu", "gelu_new"), ("gelu_orig", "gelu"), ("relu", "relu")])
+def test_files_without_a_version_have_other_names_of_activations(folder: Path, old: str, new: str) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["version"]
+    config["config"]["non_linearity"] = old
+    file.write_text(json.dumps(config))
+    checkpoint = load_adapterhub(folder)
+    assert {module.non_linearity for module in checkpoint.modules.values()} == {new}
+    save_adapterhub(checkpoint, folder)  # with a version, and the new name
+    assert load_adapterhub(folder).config["config"]["non_linearity"] == new
 
 
 def rewrite(folder: Path, change: Any) -> None:
