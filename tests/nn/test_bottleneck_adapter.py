@@ -150,12 +150,17 @@ def test_parity_with_adapters(
     vanishing = ("gate.", *(("scaling",) if config.scaling == "learned" else ())) if normed else ("-",)
     compared = {name: value for name, value in wanted.items() if not name.startswith(vanishing)}
 
+    of_all = float(
+        (grad.double() * wanted["out"]).abs().sum()
+    )  # by magnitude, what a single factor's gradient sums
+
     def worst(result: dict[str, torch.Tensor]) -> float:
         """The largest error, relative to the largest element of the tensor that it is in."""
-        return max(
-            float((result[name].double() - value).abs().max() / (value.abs().max() + 1e-30))
-            for name, value in compared.items()
-        )
+        errors = []
+        for name, value in compared.items():
+            size = of_all if value.numel() == 1 else float(value.abs().max())
+            errors.append(float((result[name].double() - value).abs().max()) / (size + 1e-30))
+        return max(errors)
 
     rounding = numerics.gamma(count, torch.float32) + numerics.unit_roundoff(dtype)
     assert worst(got) <= 4 * worst(theirs) + rounding

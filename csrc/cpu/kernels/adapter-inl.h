@@ -5,6 +5,7 @@
 
 inline constexpr int64_t kAdapterTokens = 256;      // of a tile, at most
 inline constexpr int64_t kAdapterElements = 65536;  // of an intermediate [tile, rank], at most, for a large rank
+inline constexpr int64_t kFewAdapterTokens = 4;     // of a call, up to which weights are read as they lie
 inline constexpr int64_t kAdapterColumns = 128;     // features that a tile computes at a time; at most kBlockDepth
 
 // Tokens first .. first + count of one tile; `tiles` of nearly equal height, a whole number for each thread.
@@ -92,17 +93,64 @@ void load_adapter_block(Array src, int64_t row_size, int64_t m0, int64_t tokens,
   }
 }
 
-// z[tokens, width] = hidden W_d^T + b_d for tokens from m0 on. Scratch: a [tokens, kBlockDepth], panel [kBlockDepth,
-// P].
+// sums[j] += x . weight[first + j] for j < rows, rows of `size` elements, of any dtype. For few tokens: packing a
+// weight into panels would take longer than this.
+void adapter_dots(Array x, int64_t at, Array weight, int64_t first, int64_t rows, int64_t size, float* sums) {
+  constexpr int64_t kChunk = 1024;
+  float x_buffer[kChunk], buffer[4 * kChunk];
+  for (int64_t k0 = 0; k0 < size; k0 += kChunk) {
+    const int64_t count = lesser(kChunk, size - k0);
+    const float* values = as_float(x, at + k0, count, x_buffer);
+    const auto row = [&](int64_t j, int64_t i) {
+      return as_float(weight, (first + j) * size + k0, count, buffer + i * kChunk);
+    };
+    int64_t j = 0;
+    for (; j + 4 <= rows; j += 4) {
+      const float* four[4] = {row(j, 0), row(j + 1, 1), row(j + 2, 2), row(j + 3, 3)};
+      multiply_dots<1, 4>(values, count, four, count, sums + j, rows);
+    }
+    for (; j < rows; ++j) {
+      const float* one[4] = {row(j, 0)};
+      multiply_dots<1, 1>(values, count, one, count, sums + j, rows);
+    }
+  }
+}
+
+// z[tokens, width] = hidden W_d^T + b_d for tokens from m0 on. Scratch: a [tokens, kBlockDepth] and
+// panel [kBlockDepth, P].
 void adapter_down(const AdapterOperands& p, int64_t m0, int64_t tokens, int64_t width, float* a, float* panel,
                   float* z) {
   fill_rows(p.down_bias, 0, p.rank, tokens, width, z);
+  if (p.tokens <= kFewAdapterTokens) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      adapter_dots(p.hidden, (m0 + t) * p.in_features, p.down_weight, 0, p.rank, p.in_features, z + t * width);
+    }
+    return;
+  }
   for (int64_t k0 = 0; k0 < p.in_features; k0 += kBlockDepth) {
     const int64_t depth = lesser(kBlockDepth, p.in_features - k0);
     load_adapter_block(p.hidden, p.in_features, m0, tokens, k0, depth, a);
     for (int64_t j = 0; j < p.rank; j += kPanelColumns) {
       pack_transposed(p.down_weight, p.in_features, j, lesser(kPanelColumns, p.rank - j), k0, depth, panel);
       multiply_panel(a, kBlockDepth, tokens, panel, depth, z + j, width);
+    }
+  }
+}
+
+// sums[tokens, block] += f W_u^T for output features n0 .. n0 + columns, f [tokens, width].
+void adapter_up(const BottleneckAdapter& p, int64_t n0, int64_t columns, int64_t tokens, const float* f, int64_t width,
+                float* panel, float* sums, int64_t block) {
+  if (p.tokens <= kFewAdapterTokens) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      adapter_dots({f + t * width, DType::kFloat32}, 0, p.up_weight, n0, columns, p.rank, sums + t * block);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kPanelColumns) {
+    for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockDepth) {
+      const int64_t depth = lesser(kBlockDepth, p.rank - r0);
+      pack_transposed(p.up_weight, p.rank, n0 + j, lesser(kPanelColumns, columns - j), r0, depth, panel);
+      multiply_panel(f + r0, width, tokens, panel, depth, sums + j, block);
     }
   }
 }
@@ -174,13 +222,7 @@ void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
     for (int64_t n0 = 0; n0 < p.out_features; n0 += kAdapterColumns) {
       const int64_t columns = lesser(kAdapterColumns, p.out_features - n0), block = whole_panels(columns);
       fill_rows(p.up_bias, n0, columns, tokens, block, a);
-      for (int64_t j = 0; j < columns; j += kPanelColumns) {
-        for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockDepth) {
-          const int64_t depth = lesser(kBlockDepth, p.rank - r0);
-          pack_transposed(p.up_weight, p.rank, n0 + j, lesser(kPanelColumns, columns - j), r0, depth, panel);
-          multiply_panel(z + r0, width, tokens, panel, depth, a + j, block);
-        }
-      }
+      adapter_up(p, n0, columns, tokens, z, width, panel, a, block);
       load_adapter_scale(p, n0, columns, scale);
       for (int64_t t = 0; t < tokens; ++t) {
         const float* row = a + t * block;
