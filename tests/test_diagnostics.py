@@ -16,7 +16,7 @@ from peft_kernels import __version__, diagnostics
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
 
 OPS = (
-    *("adapted_linear", "adapted_linear_backward"),
+    *("adapted_linear", "adapted_linear_backward", "bottleneck_adapter", "bottleneck_adapter_backward"),
     *("nf4_dequantize", "nf4_linear_int8", "nf4_quantize", "philox_dropout"),
 )
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
@@ -71,7 +71,7 @@ def test_missing_library_is_explained_with_reason_remedy_and_build_log(
 def test_self_test_covers_every_family_in_every_dtype() -> None:
     cases = [result.case for result in diagnostics.self_test()]
     linear = ("nf4_linear", "nf4_lora_linear", "nf4_linear_int8")
-    for op in ("nf4_quantize", "nf4_dequantize", *linear, "philox_dropout"):
+    for op in ("nf4_quantize", "nf4_dequantize", *linear, "philox_dropout", "bottleneck_adapter"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert any(case.startswith(f"{op}/") and dtype in case.split("/") for case in cases), (op, dtype)
 

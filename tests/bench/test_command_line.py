@@ -77,7 +77,7 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     report = read_json(path)
     assert report.interrupted
     assert [result.case.op for result in report.cases] == ["nf4_quantize"]
-    assert "interrupted after 1 of 6" in capsys.readouterr().out
+    assert "interrupted after 1 of 7" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -10,7 +10,12 @@ from peft_kernels.core.backend import resolve
 from peft_kernels.core.checks import check_tensor
 from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.adapter.autograd import BottleneckAdapter, flatten
-from peft_kernels.ops.adapter.schema import ACTIVATIONS, Operands, check_bottleneck_adapter
+from peft_kernels.ops.adapter.schema import (
+    ACTIVATIONS,
+    Operands,
+    accumulate_dtype,
+    check_bottleneck_adapter,
+)
 from peft_kernels.ops.dropout.functional import as_seed, philox_dropout
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
@@ -269,7 +274,8 @@ def _gate_of_tokens(gate: torch.Tensor, lead: torch.Size) -> torch.Tensor:
         have not in (1, want) for have, want in zip(gate.shape, (*lead, 1), strict=True)
     ):
         raise ValueError(f"gate must be expandable to [..., 1] = {[*lead, 1]}, got {list(gate.shape)}")
-    return gate.expand(*lead, 1).reshape(-1)
+    # In fp32, so that the gradient of a sequence's gate, a sum over its tokens, is rounded once.
+    return gate.to(accumulate_dtype(gate.dtype)).expand(*lead, 1).reshape(-1)
 
 
 def _layer_norm(name: str, x: torch.Tensor, parameters: LayerNorm) -> torch.Tensor:
