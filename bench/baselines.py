@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ def require(module: str) -> ModuleType:
     Raises:
         Unavailable: it is not installed.
     """
-    if importlib.util.find_spec(module) is None:
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
         raise Unavailable(f"{module} is not installed")
     return importlib.import_module(module)
 
