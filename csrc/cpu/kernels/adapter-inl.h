@@ -187,26 +187,32 @@ void finish_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64
   }
   store_row(row, count, p.out, at);
 }
-// The same for the common case, fp32 with neither dropout nor gate nor `up`, in one go.
+// The same for the common case, fp32 with neither dropout nor gate, in one go.
 void finish_plain_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64_t count, const float* scale,
                               const float* row) {
   const int64_t at = m * p.out_features + n0;
   float* out = static_cast<float*>(p.out.data) + at;
   const float* residual = p.residual ? static_cast<const float*>(p.residual.data) + at : nullptr;
+  float* before = p.up ? static_cast<float*>(p.up.data) + at : nullptr;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vec up = mul(load(row + i), load(scale + i));
+    if (before != nullptr) store(before + i, up);
     store(out + i, residual == nullptr ? up : add(up, load(residual + i)));
   }
-  for (; i < count; ++i) out[i] = row[i] * scale[i] + (residual == nullptr ? 0.0f : residual[i]);
+  for (; i < count; ++i) {
+    const float up = row[i] * scale[i];
+    if (before != nullptr) before[i] = up;
+    out[i] = residual == nullptr ? up : up + residual[i];
+  }
 }
 
 void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
   if (p.tokens == 0) return;
   const AdapterTiles tiles(p.tokens, p.rank, pool);
   const int64_t width = whole_panels(p.rank);
-  const bool plain = !p.up && p.dropout.threshold == 0 && !p.gate && p.out.dtype == DType::kFloat32 &&
-                     (!p.residual || p.residual.dtype == DType::kFloat32);
+  const bool plain = (!p.up || p.up.dtype == DType::kFloat32) && p.dropout.threshold == 0 && !p.gate &&
+                     p.out.dtype == DType::kFloat32 && (!p.residual || p.residual.dtype == DType::kFloat32);
   parallel(pool, tiles.tiles, [&](int64_t tile) {
     const int64_t m0 = tiles.first(tile), tokens = tiles.count(tile);
     Slice scratch{
