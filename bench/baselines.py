@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ def require(module: str) -> ModuleType:
     Raises:
         Unavailable: it is not installed.
     """
-    if importlib.util.find_spec(module) is None:
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
         raise Unavailable(f"{module} is not installed")
     return importlib.import_module(module)
 
@@ -185,3 +186,22 @@ def peft_ia3_layer(base: nn.Module, feedforward: bool, vector: Tensor) -> tuple[
     own = nn.Parameter(vector.detach().clone().view_as(layer.ia3_l["default"]))
     layer.ia3_l["default"] = own
     return layer, own
+
+
+def adapters_module(
+    size: int, rank: int, scaling: float, parameters: tuple[Tensor, ...]
+) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """An `Adapter` of the adapters library (SeqBn, relu) and its parameters, which start as those given.
+
+    Raises:
+        Unavailable: the library is not installed.
+    """
+    require("adapters")
+    modeling = importlib.import_module("adapters.methods.modeling")
+    config = importlib.import_module("adapters").SeqBnConfig(scaling=scaling)
+    module = modeling.Adapter("adapter", size, rank, config).to(parameters[0].dtype)
+    own = (module.adapter_down[0].weight, module.adapter_down[0].bias, *module.adapter_up.parameters())
+    with torch.no_grad():
+        for mine, given in zip(own, parameters, strict=True):
+            mine.copy_(given)
+    return module, own

@@ -25,6 +25,7 @@ BASELINES = (
     "bitsandbytes-repacked",
     "peft",
     "peft" + TUNED_SUFFIX,
+    "adapters",
     "dense",
     *OWN_VARIANTS,
     EXACT,

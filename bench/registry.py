@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from . import cases_dora, cases_dropout, cases_ia3, cases_int8, cases_linear, cases_nf4, suites
+from . import (
+    cases_adapter,
+    cases_dora,
+    cases_dropout,
+    cases_ia3,
+    cases_int8,
+    cases_linear,
+    cases_nf4,
+    suites,
+)
 from .case import BASELINES, OWN_VARIANTS, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         cases_int8.FAMILY,
         cases_dora.FAMILY,
         cases_ia3.FAMILY,
+        cases_adapter.FAMILY,
         cases_dropout.FAMILY,
     )
 }

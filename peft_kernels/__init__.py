@@ -1,14 +1,14 @@
 """Fused kernels for parameter-efficient fine-tuning: LoRA and QLoRA layers, faster and in less memory.
 
 >>> import peft_kernels as pk
->>> report = pk.replace_layers(model)  # a model with PEFT or bitsandbytes layers: same numbers, same keys
+>>> report = pk.replace_layers(model)  # a model with PEFT, adapters or bitsandbytes layers: same numbers
 >>> print(report)                      # per layer: fused or left alone, and why
 
 `pk.functional` has the ops, `pk.nn` the layers, `pk.optim` parameter groups for optimisers;
 `python -m peft_kernels` says what runs on this machine.
 """
 
-from peft_kernels import functional, nn, optim
+from peft_kernels import functional, io, nn, optim
 from peft_kernels.core.backend import use_backend
 from peft_kernels.nn.scale_cache import invalidate_norms
 from peft_kernels.ops.nf4.weight import NF4Weight
@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "functional",
     "invalidate_norms",
+    "io",
     "nn",
     "optim",
     "replace_layers",

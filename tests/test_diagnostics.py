@@ -16,7 +16,8 @@ from peft_kernels import __version__, diagnostics
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
 
 OPS = (
-    *("adapted_linear", "adapted_linear_backward", "dora_norm"),
+    *("adapted_linear", "adapted_linear_backward", "bottleneck_adapter", "bottleneck_adapter_backward"),
+    "dora_norm",
     *("nf4_dequantize", "nf4_linear_int8", "nf4_quantize", "philox_dropout"),
 )
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
@@ -72,7 +73,7 @@ def test_self_test_covers_every_family_in_every_dtype() -> None:
     cases = [result.case for result in diagnostics.self_test()]
     linear = ("nf4_linear", "nf4_lora_linear", "nf4_linear_int8")
     ia3 = ("ia3_linear", "ia3_linear_feedforward", "ia3_linear_dl")
-    for op in ("nf4_quantize", "nf4_dequantize", *linear, *ia3, "philox_dropout"):
+    for op in ("nf4_quantize", "nf4_dequantize", *linear, *ia3, "philox_dropout", "bottleneck_adapter"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert any(case.startswith(f"{op}/") and dtype in case.split("/") for case in cases), (op, dtype)
 

@@ -120,6 +120,42 @@ struct DoraNorm {
   float* norm = nullptr;  // [N]
 };
 
+// Activations of the bottleneck adapter, counted as in peft_kernels/ops/adapter/schema.py.
+enum class Activation : int32_t { kIdentity, kRelu, kLeakyRelu, kGelu, kGeluTanh, kSilu, kTanh };
+
+// What both directions of the bottleneck adapter take.
+struct AdapterOperands {
+  int64_t tokens = 0, in_features = 0, rank = 0, out_features = 0;  // M, d, r, N
+  Array hidden;                                                     // [M, d]
+  Array down_weight, down_bias;                                     // [r, d], [r]
+  Array up_weight, up_bias;                                         // [N, r], [N]
+  Activation activation = Activation::kIdentity;
+  float scaling = 1.0f;  // where scale is absent
+  Array scale;           // [N] or [1]
+  bool scale_per_channel = false;
+  Array gate;  // [M]
+  Dropout dropout;
+};
+
+// down = f(hidden W_d^T + b_d)    up = scale * (down W_u^T + b_u)    out = D(up) * gate + residual
+struct BottleneckAdapter : AdapterOperands {
+  Array residual;         // [M, N]
+  MutableArray out;       // [M, N]
+  MutableArray down, up;  // [M, r], [M, N], where asked for
+};
+
+// Gradients of the above for g = dL/dout and, where given, grad_down = dL/ddown; absent outputs are not computed.
+//   e = D'(g)    q = (scale * e) W_u      dgate = sum_n (scale * e) * (down W_u^T + b_u) = down . q + (scale * e) . b_u
+//   dz = f'(z) * (gate * q + grad_down)   dhidden = dz W_d (+ g where the residual is hidden)
+//   dW_d = dz^T hidden, db_d = sum_m dz   dW_u = scale * (gate * e)^T down, db_u = scale * sum_m gate * e
+//   dscale = sum_m (gate * e) * (down W_u^T + b_u), summed over n too where scale is [1]
+struct BottleneckAdapterBackward : AdapterOperands {
+  Array grad;       // [M, N]
+  Array grad_down;  // [M, r]
+  bool residual_is_hidden = false;
+  MutableArray dhidden, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dgate;
+};
+
 // One product with a frozen NF4 weight W [N, K]: x W^T, or for the input gradient dz W.
 struct NF4Product {
   bool by_input = false;  // the input gradient
@@ -145,6 +181,9 @@ struct Kernels {
   void (*scale_columns)(const ScaleColumns& problem, ThreadPool pool);
   void (*nf4_linear_int8)(const NF4LinearInt8& problem, ThreadPool pool);
   void (*dora_norm)(const DoraNorm& problem, ThreadPool pool);
+  void (*activate)(Activation activation, float* z, float* slope, int64_t count);  // slope: f'(z), or null
+  void (*bottleneck_adapter)(const BottleneckAdapter& problem, ThreadPool pool);
+  void (*bottleneck_adapter_backward)(const BottleneckAdapterBackward& problem, ThreadPool pool);
 };
 
 // The table in use: the best that this processor runs, or the one that PEFT_KERNELS_CPU_CAPABILITY names if it is not

@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_kernels.functional import dora_norm
 from peft_kernels.ops.dora.functional import row_scale
@@ -15,28 +16,31 @@ _ATTRIBUTE = "_scale_cache"  # of a module
 
 
 class _Snapshot(NamedTuple):
-    """A tensor as it was: it is still so if it is the same one, at the same place, with no write since."""
+    """A tensor as it was: it is still so if it is the same one, in the same memory, with no write since."""
 
     reference: weakref.ref[torch.Tensor]
+    storage: StorageWeakRef  # says whether the memory at `address` was freed, and perhaps used again
     address: int
     version: int
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        return cls(weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return cls(weakref.ref(tensor), storage, tensor.data_ptr(), tensor._version)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
         return (
             self.reference() is tensor
             and self.version == tensor._version
             and self.address == tensor.data_ptr()
+            and not self.storage.expired()  # type: ignore[no-untyped-call]
         )
 
 
 class ScaleCache:
     """Keeps the norms of a DoRA layer in eval mode, and g = magnitude / norm where that needs no gradient.
 
-    A change to a tensor is noticed by its identity, its address and torch's version counter, which every
+    A change to a tensor is noticed by its identity, its memory and torch's version counter, which every
     in-place operation advances. Writes past it, through `.data`, NumPy or a raw pointer, are not: call
     `invalidate_norms` after them. Some optimizers write so, bitsandbytes' among them: therefore this is not
     for training mode.

@@ -1,6 +1,7 @@
-"""Model surgery: run a model's PEFT and bitsandbytes layers on the fused kernels, and back."""
+"""Model surgery: run a model's PEFT, adapters and bitsandbytes layers on the fused kernels, and back."""
 
 from peft_kernels.surgery import (  # noqa: F401 (they register their handlers)
+    adapters_bottleneck,
     adapters_linear,
     bitsandbytes_linear,
     peft_ia3,

@@ -21,11 +21,12 @@ Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool = False) -> Report:
     """Make the layers of `model` run on the fused kernels: same numbers, same state_dict keys, faster.
 
-    Handled are PEFT's LoRA, DoRA and IA3 layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`, and
-    `Linear4bit` alone. The model is changed in place: each layer keeps its parameters and becomes an instance
-    of a subclass of its class. Saving, loading, deepcopy and pickle work as before, and so do adding,
-    switching, disabling and merging adapters. Calling it again is harmless, and fuses the layers that came in
-    since. `restore_layers` undoes it. If it raises, the model is as it was.
+    Handled are PEFT's LoRA, DoRA and IA3 layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`,
+    `Linear4bit` alone, and the bottleneck adapters of the `adapters` library. The model is changed in place:
+    each layer keeps its parameters and becomes an instance of a subclass of its class. Saving, loading,
+    deepcopy and pickle work as before, and so do adding, switching, disabling and merging adapters. Calling
+    it again is harmless, and fuses the layers that came in since. `restore_layers` undoes it. If it raises,
+    the model is as it was.
 
     A layer in a state that the kernels do not cover (two active LoRA adapters, a merged one, ...) runs its
     stock forward for as long as that lasts. The report, and `explain` at any later time, give the reason.
@@ -45,7 +46,7 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
         strict: raise if a selected layer would not run fused, or if there is none to select.
 
     Returns:
-        A row for each PEFT or bitsandbytes layer, selected or not. `print` it.
+        A row for each PEFT, adapters or bitsandbytes layer, selected or not. `print` it.
 
     Raises:
         TypeError: `model` is not a module, or `only` is none of the above.
@@ -76,7 +77,7 @@ def restore_layers(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module) -> Report:
-    """Which PEFT and bitsandbytes layers of `model` would run fused if called now, and why the others not.
+    """Which PEFT, adapters and bitsandbytes layers would run fused if called now, and why the others not.
 
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
     stock forward because of its input, the row says so. Below the layers: which methods compute the products
@@ -109,11 +110,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_adapted_or_quantised(layer: nn.Module) -> bool:
-    """Whether a user of PEFT or bitsandbytes would expect to read about this layer."""
-    return any(
-        f"{base.__module__}.{base.__qualname__}" == "peft.tuners.tuners_utils.BaseTunerLayer"
-        or base.__module__.startswith("bitsandbytes.")
-        for base in type(layer).__mro__
+    """Whether a user of PEFT, adapters or bitsandbytes would expect to read about this layer."""
+    names = {f"{base.__module__}.{base.__qualname__}" for base in type(layer).__mro__}
+    if "adapters.methods.adapter_layer_base.AdapterLayerBase" in names:
+        # Every place that could have an adapter is one of these. Bottleneck adapters have rows of their own.
+        bottleneck = "adapters.methods.bottleneck.BottleneckLayer" in names
+        return not bottleneck and len(getattr(layer, getattr(layer, "adapter_modules_name", ""), ())) > 0
+    return "peft.tuners.tuners_utils.BaseTunerLayer" in names or any(
+        name.startswith("bitsandbytes.") for name in names
     )
 
 
@@ -126,8 +130,8 @@ def _select(layers: NamedLayers, only: Only | None) -> NamedLayers:
     for pattern in patterns:
         if not any(_matches(name, pattern) for name, _ in layers):
             raise ValueError(
-                f"only must match PEFT or bitsandbytes layers, got {pattern!r}, which matches none of the "
-                f"model's {len(layers)} as a glob (it is not read as a regular expression); "
+                f"only must match PEFT, adapters or bitsandbytes layers, got {pattern!r}, which matches "
+                f"none of the model's {len(layers)} as a glob (it is not read as a regular expression); "
                 "print(explain(model)) lists them"
             )
     return [(name, layer) for name, layer in layers if any(_matches(name, pattern) for pattern in patterns)]
@@ -153,8 +157,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _require_fused(layers: NamedLayers) -> None:
     if not layers:
         raise ValueError(
-            "strict=True requires PEFT or bitsandbytes layers to fuse, got none; add the adapter or quantise "
-            "the model first, and see that only=... selects some of its layers"
+            "strict=True requires PEFT, adapters or bitsandbytes layers to fuse, got none; add the adapter "
+            "or quantise the model first, and see that only=... selects some of its layers"
         )
     reasons = [f"{name}: {status.reason}" for name, layer in layers if not (status := _status(layer)).fused]
     if reasons:

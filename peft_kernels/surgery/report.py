@@ -73,9 +73,9 @@ class Report:
             table.add_row(
                 Text(row.name, overflow="fold"), row.layer, "yes" if row.fused else "no", Text(row.reason)
             )
-        summary = f"{len(self.fused)} of {len(self)} PEFT and bitsandbytes layers fused"
+        summary = f"{len(self.fused)} of {len(self)} PEFT, adapters and bitsandbytes layers fused"
         if not self.rows:
-            return Group("no PEFT or bitsandbytes layers")
+            return Group("no PEFT, adapters or bitsandbytes layers")
         return Group(summary, table, *map(_sentence, self.works))
 
     def __str__(self) -> str:

@@ -153,7 +153,13 @@ def change_the_scaling(layer: DoRALinear) -> None:
 
 
 def round_the_weights(layer: DoRALinear) -> None:
-    layer.bfloat16().float()
+    layer.bfloat16().float()  # in new memory, which may lie where the old did
+
+
+def put_other_data(layer: DoRALinear) -> None:
+    parameter = layer.adapter[1]
+    other, parameter.data = 3.0 * parameter.detach(), torch.empty(0)  # the old memory is free now
+    parameter.data = other.clone()
 
 
 def stretch_the_magnitude(layer: DoRALinear) -> None:
@@ -170,7 +176,7 @@ def write_past_torch(layer: DoRALinear) -> None:
     "change",
     [
         write_b, train_a_step, load_other_weights, assign_other_weights, replace_the_base, change_the_scaling,
-        round_the_weights, stretch_the_magnitude, write_past_torch,
+        round_the_weights, put_other_data, stretch_the_magnitude, write_past_torch,
     ],
 )  # fmt: skip
 def test_any_change_makes_the_norms_anew(change: Any) -> None:

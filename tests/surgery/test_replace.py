@@ -93,7 +93,9 @@ def test_a_model_that_is_none(call: Any, model: Any) -> None:
 
 def test_strict_needs_a_layer() -> None:
     for model, only in ((nn.Sequential(nn.Linear(4, 4)), None), (make_mlp(), lambda name, module: False)):
-        with pytest.raises(ValueError, match=r"strict=True requires PEFT or bitsandbytes layers .* got none"):
+        with pytest.raises(
+            ValueError, match=r"strict=True requires PEFT, adapters or bitsandbytes layers .* got none"
+        ):
             replace_layers(model, only=only, strict=True)
 
 
@@ -197,7 +199,7 @@ def test_model_without_anything_to_replace() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     report = replace_layers(model)
     assert (len(report), list(report), report.fused, report.skipped) == (0, [], (), ())
-    assert str(report) == "no PEFT or bitsandbytes layers"
+    assert str(report) == "no PEFT, adapters or bitsandbytes layers"
 
 
 def test_report_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +215,7 @@ def test_report_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(report)
     assert repr(report) == text  # what a notebook shows
     assert "\x1b" not in text
-    assert text.startswith("1 of 2 PEFT and bitsandbytes layers fused\n")
+    assert text.startswith("1 of 2 PEFT, adapters and bitsandbytes layers fused\n")
     assert "model.layers.0.q_proj" in text
     assert "[128]" in text
     assert max(len(line) for line in text.splitlines()) <= 80

@@ -19,6 +19,12 @@ namespace {
 #include "linear_int8-inl.h"
 
 #include "dora-inl.h"
+
+#include "activation-inl.h"
+
+#include "adapter-inl.h"
+
+#include "adapter_backward-inl.h"
 }  // namespace
 
 extern const Kernels kTable;
@@ -31,4 +37,7 @@ const Kernels kTable{kName,
                      adapted_linear_backward,
                      scale_columns,
                      nf4_linear_int8,
-                     dora_norm};
+                     dora_norm,
+                     activate,
+                     bottleneck_adapter,
+                     bottleneck_adapter_backward};
