@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_kernels import functional
+from peft_kernels.core.library import native_library
 
 from . import baselines
 from .case import OURS, Case, Direction, Family, Oracle, Prepared, Program, differentiated
@@ -20,22 +21,23 @@ from .oracle import unit_roundoff
 SCALING = 4.0
 
 
-def _case(m: int, d: int, r: int, direction: Direction = "both", **options: Any) -> Case:
+def adapter(m: int, d: int, r: int, direction: Direction = "both", **options: Any) -> Case:
+    """A case of M tokens, d features, rank r."""
     return Case("adapter", "bottleneck_adapter", m, d, d, r=r, direction=direction, **options)
 
 
 _QUICK = ("quick", "full")
 CASES = (
-    _case(5, 48, 6, suites=("smoke",)),
-    _case(512, 4096, 64, "forward", suites=_QUICK),
-    _case(512, 4096, 64, suites=_QUICK),
-    _case(512, 384, 24, suites=_QUICK),  # MiniLM
-    *(_case(m, 4096, 64, "forward") for m in (1, 64, 4096)),
-    *(_case(m, 4096, 64) for m in (1, 64, 4096)),
-    _case(512, 4096, 256),
-    _case(512, 384, 24, "forward"),
-    _case(512, 4096, 64, "forward", dtype="bfloat16"),
-    _case(512, 4096, 64, dtype="bfloat16"),
+    adapter(5, 48, 6, suites=("smoke",)),
+    adapter(512, 4096, 64, "forward", suites=_QUICK),
+    adapter(512, 4096, 64, suites=_QUICK),
+    adapter(512, 384, 24, suites=_QUICK),  # MiniLM
+    *(adapter(m, 4096, 64, "forward") for m in (1, 64, 4096)),
+    *(adapter(m, 4096, 64) for m in (1, 64, 4096)),
+    adapter(512, 4096, 256),
+    adapter(512, 384, 24, "forward"),
+    adapter(512, 4096, 64, "forward", dtype="bfloat16"),
+    adapter(512, 4096, 64, dtype="bfloat16"),
 )
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # W_d [r, d], b_d [r], W_u [d, r], b_u [d]
@@ -85,11 +87,16 @@ def prepare(case: Case) -> Prepared:
             "compile": lambda: programs(baselines.compiled(eager)),
             "adapters": library,
         },
-        oracle=lambda contestant: oracle(contestant != OURS),
+        oracle=lambda contestant: oracle(contestant != OURS or _rounds_operands(case)),
         flops=flops,
         read_bytes=passes[0] * (tokens + own_bytes) + passes[1] * (2 * tokens + own_bytes),
         write_bytes=passes[0] * tokens + passes[1] * (tokens + own_bytes),
     )
+
+
+def _rounds_operands(case: Case) -> bool:
+    """Whether ours rounds the operands of its products to bfloat16."""
+    return case.dtype == "bfloat16" and native_library().capability == "avx512_bf16"
 
 
 def _oracle(case: Case, x: Tensor, parameters: tuple[Tensor, ...], grad: Tensor, rounded: bool) -> Oracle:

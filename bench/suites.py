@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .case import BASELINES, NO_DROPOUT, PLAIN_SCALES, Case, Direction
+from .cases_adapter import adapter
 from .cases_dora import DORA, NORM
 from .cases_ia3 import FEEDFORWARD, IA3, SCALE_ONLY
 from .cases_linear import NF4, QLORA
@@ -111,6 +112,8 @@ METHODS = (
         IA3(SCALE_ONLY, 4096, 64, 0, weight="dense", direction="backward"),
         eager=2,
     ),
+    _method("bottleneck adapter forward M=512", adapter(512, 4096, 64, "forward"), eager=2.5, compile=2.5),
+    _method("bottleneck adapter forward+backward M=512", adapter(512, 4096, 64), eager=2, compile=2),
 )
 
 ROWS = {"limits": LIMITS, "methods": METHODS}

@@ -52,6 +52,8 @@ def test_the_figures_of_the_methods_are_those_of_the_issue():
     assert figures["DoRA NF4 evaluation M=1"] == {OURS_LORA: 0.05}
     assert figures["IA3 NF4 outputs forward+backward M=512"] == {"peft": 2}
     assert figures["IA3 dense scale alone M=4096"] == {"eager": 2}
+    assert figures["bottleneck adapter forward M=512"] == {"eager": 2.5, "compile": 2.5}
+    assert figures["bottleneck adapter forward+backward M=512"] == {"eager": 2, "compile": 2}
     assert all(case in select("methods") for row in METHODS for case in row.cases)
 
 

@@ -48,11 +48,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+# adapters cannot save its two names of a layer norm before the adapter as safetensors.
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [(name, safe) for name in CONFIGS for safe in (False, True) if not (safe and CONFIGS[name].ln_before)],
+)
 def test_round_trip(name: str, safe: bool, tmp_path: Path) -> None:
-    if safe and CONFIGS[name].ln_before:
-        pytest.skip("adapters cannot save its two names of one layer norm as safetensors")
     model = make_model(CONFIGS[name])
     model.save_adapter(str(tmp_path / "theirs"), "sst", use_safetensors=safe)
     checkpoint = load_adapterhub(tmp_path / "theirs")

@@ -157,10 +157,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     fused = fused_copy(stock)
     got, exact = run_with_gradients(fused), run_with_gradients(copy.deepcopy(stock).double())
     expected = run_with_gradients(stock)
-    for name, tensor in exact.items():
-        assert got[name].dtype == dtype
-        ours, theirs = (float((r[name].double() - tensor).abs().max()) for r in (got, expected))
-        assert ours <= 2 * theirs + 1e-12, name  # as close to float64 as the library
+    assert {tensor.dtype for tensor in got.values()} == {dtype}
+
+    def distance(results: Any) -> float:
+        """Relative error by tensor, root mean square: that of a single tensor is an accident of rounding."""
+        errors = [(results[name].double() - tensor).norm() / tensor.norm() for name, tensor in exact.items()]
+        return float(torch.stack(errors).square().mean().sqrt())
+
+    assert distance(got) <= 1.25 * distance(expected) + 1e-12  # as close to float64 as the library
 
 
 def layer_of(model: Any) -> Any:

@@ -1,7 +1,8 @@
 // The bottleneck adapter, forward, and what backward shares with it; formulas in api.h. A task owns a tile of tokens:
 // both products, the activation, scale, dropout, gate and residual happen while the tile is in cache, and the
 // intermediate [tile, rank] never leaves it. Each sum runs over its features in order, so neither the height of a tile
-// nor the number of threads changes a bit.
+// nor the number of threads changes a bit. Products are those of P: where the set has bf16 arithmetic and hidden is in
+// bf16, every operand of a product is rounded to bf16 (hidden and a bf16 weight are so already).
 
 inline constexpr int64_t kAdapterTokens = 256;      // of a tile, at most
 inline constexpr int64_t kAdapterElements = 65536;  // of an intermediate [tile, rank], at most, for a large rank
@@ -24,27 +25,72 @@ struct AdapterTiles {
 
 inline int64_t whole_panels(int64_t columns) { return ceil_div(columns, kPanelColumns) * kPanelColumns; }
 
+// src[offset .. offset + count) as units of P, count at most kBlockElements<P>; an odd last element is followed by 0.
+template <class P>
+void as_units(Array src, int64_t offset, int64_t count, typename P::Unit* dst) {
+  if constexpr (P::kElements == 1) {
+    load_row(src, offset, count, dst);
+  } else if (src.dtype == DType::kBFloat16) {
+    copy_bf16_row(src, offset, count, dst);
+  } else {
+    float row[kBlockElements<P>];
+    uint16_t rounded[kBlockElements<P>];
+    load_row(src, offset, count, row);
+    store_row(row, count, {rounded, DType::kBFloat16}, 0);
+    copy_bf16_row({rounded, DType::kBFloat16}, 0, count, dst);
+  }
+}
+
+// The left operand of a product: `src` itself, or its rows of `count`, `width` apart, as units in `buffer`.
+template <class P>
+const typename P::Unit* as_operand(const float* src, int64_t rows, int64_t width, int64_t count, float* buffer) {
+  if constexpr (P::kElements == 1) {
+    return src;
+  } else {
+    typename P::Unit* units = reinterpret_cast<typename P::Unit*>(buffer);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < count; k += kBlockElements<P>) {
+        as_units<P>({src + i * width, DType::kFloat32}, k, lesser(kBlockElements<P>, count - k),
+                    units + i * width + k / P::kElements);
+      }
+    }
+    return units;
+  }
+}
+// The size of that buffer.
+template <class P>
+int64_t operand_size(int64_t floats) {
+  return P::kElements == 1 ? 0 : floats;
+}
+
 // A panel of src^T: panel[j][i] = src[first_row + i][column + j] for i < rows, zero from there on; j < depth, which is
-// at most kBlockDepth. src has `row_size` columns.
+// at most kBlockElements<P>. src has `row_size` columns.
+template <class P>
 void pack_transposed(Array src, int64_t row_size, int64_t first_row, int64_t rows, int64_t column, int64_t depth,
-                     float* panel) {
-  float buffer[kLanes * kBlockDepth];
+                     typename P::Unit* panel) {
+  using Unit = typename P::Unit;
+  Unit buffer[kLanes * kBlockDepth];
+  const int64_t units = ceil_div(depth, P::kElements);
   for (int64_t half = 0; half < kPanelColumns; half += kLanes) {
     const uint8_t* row[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
-      float* spare = buffer + i * kBlockDepth;
-      const float* values = spare;
-      if (half + i < rows) {
-        values = as_float(src, (first_row + half + i) * row_size + column, depth, spare);
+      Unit* spare = buffer + i * kBlockDepth;
+      const int64_t at = (first_row + half + i) * row_size + column;
+      row[i] = reinterpret_cast<const uint8_t*>(spare);
+      if (half + i >= rows) {
+        std::memset(spare, 0, static_cast<size_t>(units) * sizeof(Unit));
+      } else if (P::kElements == 1 && src.dtype == DType::kFloat32) {
+        row[i] = reinterpret_cast<const uint8_t*>(static_cast<const float*>(src.data) + at);
       } else {
-        fill_zero(spare, depth);
+        as_units<P>(src, at, depth, spare);
       }
-      row[i] = reinterpret_cast<const uint8_t*>(values);
     }
-    for (int64_t j = 0; j < depth; j += kLanes) {
-      const int64_t words = lesser(kLanes, depth - j);
-      const Words w = load_transposed(row, j * static_cast<int64_t>(sizeof(float)), words);
-      for (int64_t c = 0; c < words; ++c) store(panel + (j + c) * kPanelColumns + half, as_floats(w.column[c]));
+    for (int64_t j = 0; j < units; j += kLanes) {
+      const int64_t words = lesser(kLanes, units - j);
+      const Words w = load_transposed(row, j * static_cast<int64_t>(sizeof(Unit)), words);
+      for (int64_t c = 0; c < words; ++c) {
+        store(reinterpret_cast<float*>(panel) + (j + c) * kPanelColumns + half, as_floats(w.column[c]));
+      }
     }
   }
 }
@@ -82,13 +128,14 @@ inline void prefetch_row(Array src, int64_t at, int64_t count) {
   for (int64_t i = 0; i < count * size; i += kCacheLine) prefetch_far(bytes + i);
 }
 
-// dst[t][i] = src[m0 + t][k0 + i] for i < count, rows kBlockDepth apart; the block after it is fetched on the way.
+// dst[t] = src[m0 + t][k0 .. k0 + count), rows kBlockDepth units apart; the block after it is fetched on the way.
+template <class P>
 void load_adapter_block(Array src, int64_t row_size, int64_t m0, int64_t tokens, int64_t k0, int64_t count,
-                        float* dst) {
-  const int64_t next = lesser(kBlockDepth, row_size - k0 - count);
+                        typename P::Unit* dst) {
+  const int64_t next = lesser(kBlockElements<P>, row_size - k0 - count);
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t at = (m0 + t) * row_size + k0;
-    load_row(src, at, count, dst + t * kBlockDepth);
+    as_units<P>(src, at, count, dst + t * kBlockDepth);
     prefetch_row(src, at + count, next);
   }
 }
@@ -118,8 +165,11 @@ void adapter_dots(Array x, int64_t at, Array weight, int64_t first, int64_t rows
 
 // z[tokens, width] = hidden W_d^T + b_d for tokens from m0 on. Scratch: a [tokens, kBlockDepth] and
 // panel [kBlockDepth, P].
+template <class P>
 void adapter_down(const AdapterOperands& p, int64_t m0, int64_t tokens, int64_t width, float* a, float* panel,
                   float* z) {
+  using Unit = typename P::Unit;
+  Unit *units = reinterpret_cast<Unit*>(a), *panel_units = reinterpret_cast<Unit*>(panel);
   fill_rows(p.down_bias, 0, p.rank, tokens, width, z);
   if (p.tokens <= kFewAdapterTokens) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -127,19 +177,21 @@ void adapter_down(const AdapterOperands& p, int64_t m0, int64_t tokens, int64_t 
     }
     return;
   }
-  for (int64_t k0 = 0; k0 < p.in_features; k0 += kBlockDepth) {
-    const int64_t depth = lesser(kBlockDepth, p.in_features - k0);
-    load_adapter_block(p.hidden, p.in_features, m0, tokens, k0, depth, a);
+  for (int64_t k0 = 0; k0 < p.in_features; k0 += kBlockElements<P>) {
+    const int64_t depth = lesser(kBlockElements<P>, p.in_features - k0);
+    load_adapter_block<P>(p.hidden, p.in_features, m0, tokens, k0, depth, units);
     for (int64_t j = 0; j < p.rank; j += kPanelColumns) {
-      pack_transposed(p.down_weight, p.in_features, j, lesser(kPanelColumns, p.rank - j), k0, depth, panel);
-      multiply_panel(a, kBlockDepth, tokens, panel, depth, z + j, width);
+      pack_transposed<P>(p.down_weight, p.in_features, j, lesser(kPanelColumns, p.rank - j), k0, depth, panel_units);
+      multiply_panel<P>(units, kBlockDepth, tokens, panel_units, ceil_div(depth, P::kElements), z + j, width);
     }
   }
 }
 
-// sums[tokens, block] += f W_u^T for output features n0 .. n0 + columns, f [tokens, width].
-void adapter_up(const BottleneckAdapter& p, int64_t n0, int64_t columns, int64_t tokens, const float* f, int64_t width,
-                float* panel, float* sums, int64_t block) {
+// sums[tokens, block] += f W_u^T for output features n0 .. n0 + columns, f [tokens, width], which `units` has in P's.
+template <class P>
+void adapter_up(const BottleneckAdapter& p, int64_t n0, int64_t columns, int64_t tokens, const float* f,
+                const typename P::Unit* units, int64_t width, float* panel, float* sums, int64_t block) {
+  typename P::Unit* panel_units = reinterpret_cast<typename P::Unit*>(panel);
   if (p.tokens <= kFewAdapterTokens) {
     for (int64_t t = 0; t < tokens; ++t) {
       adapter_dots({f + t * width, DType::kFloat32}, 0, p.up_weight, n0, columns, p.rank, sums + t * block);
@@ -147,10 +199,11 @@ void adapter_up(const BottleneckAdapter& p, int64_t n0, int64_t columns, int64_t
     return;
   }
   for (int64_t j = 0; j < columns; j += kPanelColumns) {
-    for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockDepth) {
-      const int64_t depth = lesser(kBlockDepth, p.rank - r0);
-      pack_transposed(p.up_weight, p.rank, n0 + j, lesser(kPanelColumns, columns - j), r0, depth, panel);
-      multiply_panel(f + r0, width, tokens, panel, depth, sums + j, block);
+    for (int64_t r0 = 0; r0 < p.rank; r0 += kBlockElements<P>) {
+      const int64_t depth = lesser(kBlockElements<P>, p.rank - r0);
+      pack_transposed<P>(p.up_weight, p.rank, n0 + j, lesser(kPanelColumns, columns - j), r0, depth, panel_units);
+      multiply_panel<P>(units + r0 / P::kElements, width, tokens, panel_units, ceil_div(depth, P::kElements), sums + j,
+                        block);
     }
   }
 }
@@ -187,54 +240,59 @@ void finish_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64
   }
   store_row(row, count, p.out, at);
 }
-// The same for the common case, fp32 with neither dropout nor gate, in one go.
+// The same in one go, for whole vectors with neither dropout nor gate.
 void finish_plain_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64_t count, const float* scale,
                               const float* row) {
-  const int64_t at = m * p.out_features + n0;
-  float* out = static_cast<float*>(p.out.data) + at;
-  const float* residual = p.residual ? static_cast<const float*>(p.residual.data) + at : nullptr;
-  float* before = p.up ? static_cast<float*>(p.up.data) + at : nullptr;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  const int64_t first = m * p.out_features + n0;
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Vec up = mul(load(row + i), load(scale + i));
-    if (before != nullptr) store(before + i, up);
-    store(out + i, residual == nullptr ? up : add(up, load(residual + i)));
-  }
-  for (; i < count; ++i) {
-    const float up = row[i] * scale[i];
-    if (before != nullptr) before[i] = up;
-    out[i] = residual == nullptr ? up : up + residual[i];
+    if (p.up) store_vector(up, p.up, first + i);
+    store_vector(p.residual ? add(up, load_vector(p.residual, first + i)) : up, p.out, first + i);
   }
 }
 
-void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
-  if (p.tokens == 0) return;
+template <class P>
+void bottleneck_adapter_by(const BottleneckAdapter& p, ThreadPool pool) {
   const AdapterTiles tiles(p.tokens, p.rank, pool);
   const int64_t width = whole_panels(p.rank);
-  const bool plain = (!p.up || p.up.dtype == DType::kFloat32) && p.dropout.threshold == 0 && !p.gate &&
-                     p.out.dtype == DType::kFloat32 && (!p.residual || p.residual.dtype == DType::kFloat32);
+  const bool plain = p.dropout.threshold == 0 && !p.gate;
   parallel(pool, tiles.tiles, [&](int64_t tile) {
     const int64_t m0 = tiles.first(tile), tokens = tiles.count(tile);
-    Slice scratch{
-        task_scratch(static_cast<size_t>(slice_size(tiles.height * kBlockDepth) +
-                                         slice_size(kBlockDepth * kPanelColumns) + slice_size(tiles.height * width)))};
+    Slice scratch{task_scratch(
+        static_cast<size_t>(slice_size(tiles.height * kBlockDepth) + slice_size(kBlockDepth * kPanelColumns) +
+                            slice_size(tiles.height * width) + slice_size(operand_size<P>(tiles.height * width))))};
     float* a = scratch.take(tiles.height * kBlockDepth);       // hidden, then the results
     float* panel = scratch.take(kBlockDepth * kPanelColumns);  // of either weight, transposed
     float* z = scratch.take(tiles.height * width);             // [tokens, width]
-    adapter_down(p, m0, tokens, width, a, panel, z);
+    adapter_down<P>(p, m0, tokens, width, a, panel, z);
     activate(p.activation, z, nullptr, tokens * width);
+    const auto* f = as_operand<P>(z, tokens, width, p.rank, scratch.take(operand_size<P>(tiles.height * width)));
     for (int64_t t = 0; t < tokens && p.down; ++t) store_row(z + t * width, p.rank, p.down, (m0 + t) * p.rank);
     float scale[kAdapterColumns];
     for (int64_t n0 = 0; n0 < p.out_features; n0 += kAdapterColumns) {
       const int64_t columns = lesser(kAdapterColumns, p.out_features - n0), block = whole_panels(columns);
       fill_rows(p.up_bias, n0, columns, tokens, block, a);
-      adapter_up(p, n0, columns, tokens, z, width, panel, a, block);
+      adapter_up<P>(p, n0, columns, tokens, z, f, width, panel, a, block);
       load_adapter_scale(p, n0, columns, scale);
       for (int64_t t = 0; t < tokens; ++t) {
-        const float* row = a + t * block;
-        plain ? finish_plain_adapter_row(p, m0 + t, n0, columns, scale, row)
-              : finish_adapter_row(p, m0 + t, n0, columns, scale, a + t * block);
+        float* row = a + t * block;
+        plain&& columns % kLanes == 0 ? finish_plain_adapter_row(p, m0 + t, n0, columns, scale, row)
+                                      : finish_adapter_row(p, m0 + t, n0, columns, scale, row);
       }
     }
   });
+}
+
+// run<P>() with the products that are the set's best for hidden.
+template <class Run>
+void with_adapter_products(const AdapterOperands& p, const Run& run) {
+  if constexpr (!std::is_void_v<Bf16Pairs>) {
+    if (p.hidden.dtype == DType::kBFloat16) return run.template operator()<Bf16Pairs>();
+  }
+  run.template operator()<Fp32>();
+}
+
+void bottleneck_adapter(const BottleneckAdapter& p, ThreadPool pool) {
+  if (p.tokens == 0) return;
+  with_adapter_products(p, [&]<class P>() { bottleneck_adapter_by<P>(p, pool); });
 }

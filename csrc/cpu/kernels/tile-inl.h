@@ -43,24 +43,35 @@ void multiply_panel(const typename P::Unit* a, int64_t lda, int64_t rows, const 
 }
 
 // The same over panels that lie one after the other: c has `width` columns, a multiple of kPanelColumns.
-void multiply_panels(const float* a, int64_t lda, int64_t rows, const float* panels, int64_t depth, int64_t width,
-                     float* c) {
+template <class P = Fp32>
+void multiply_panels(const typename P::Unit* a, int64_t lda, int64_t rows, const typename P::Unit* panels,
+                     int64_t depth, int64_t width, float* c) {
   for (int64_t j = 0; j < width; j += kPanelColumns, panels += depth * kPanelColumns) {
-    multiply_panel(a, lda, rows, panels, depth, c + j, width);
+    multiply_panel<P>(a, lda, rows, panels, depth, c + j, width);
   }
 }
 
-// Panels from rows: panels[j / P][i][j % P] = row i's element j, zero past `width`. fill(i, row) provides row i.
-template <class Fill>
-void pack_rows(int64_t rows, int64_t width, float* panels, const Fill& fill) {
-  float row[kBlockDepth];
-  const int64_t padded = ceil_div(width, kPanelColumns) * kPanelColumns;
-  for (int64_t i = 0; i < rows; ++i) {
-    fill(i, row);
-    fill_zero(row + width, padded - width);
+// Panels from rows, `width` of each at most kBlockDepth: fill(i, row) provides row i in fp32. With one element a unit,
+// panels[j / P][i][j % P] = row i's element j; with two, unit [i / 2] has rows i and i + 1. Zero past `width`, and for
+// the row after an odd last one.
+template <class P = Fp32, class Fill>
+void pack_rows(int64_t rows, int64_t width, typename P::Unit* panels, const Fill& fill) {
+  float row[P::kElements][kBlockDepth];
+  const int64_t padded = ceil_div(width, kPanelColumns) * kPanelColumns, depth = ceil_div(rows, P::kElements);
+  for (int64_t i = 0; i < rows; i += P::kElements) {
+    for (int64_t e = 0; e < P::kElements; ++e) {
+      const int64_t count = i + e < rows ? width : 0;
+      if (count != 0) fill(i + e, row[e]);
+      fill_zero(row[e] + count, padded - count);
+    }
     for (int64_t j = 0; j < padded; j += kLanes) {
-      const int64_t panel = j / kPanelColumns;
-      store(panels + (panel * rows + i) * kPanelColumns + j % kPanelColumns, load(row + j));
+      typename P::Unit* to =
+          panels + (j / kPanelColumns * depth + i / P::kElements) * kPanelColumns + j % kPanelColumns;
+      if constexpr (P::kElements == 1) {
+        store(to, load(row[0] + j));
+      } else {
+        P::store_two(to, load(row[0] + j), load(row[1] + j));
+      }
     }
   }
 }

@@ -11,6 +11,8 @@ import torch
 
 import numerics
 import peft_kernels as pk
+from peft_kernels.core.backend import backend_of
+from peft_kernels.core.library import native_library
 from peft_kernels.ops.adapter.reference import slope
 from peft_kernels.ops.adapter.schema import ACTIVATIONS, LEAKY_SLOPE
 
@@ -78,8 +80,11 @@ class Problem:
             mask = pk.functional.philox_dropout_mask((m, n), self.dropout_p, self.seed)
             keep = mask * torch.tensor(1 / (1 - self.dropout_p), dtype=torch.float32).double()
 
+        # Both operands of a product may be rounded to bf16 first.
+        operands = (2 + 2**-7) * numerics.unit_roundoff(dtype) if bf16_products(dtype) else 0.0
+
         def gamma(count: int) -> float:
-            return numerics.gamma(count, accumulate)
+            return numerics.gamma(count, accumulate) + operands
 
         own = ACTIVATION_ERROR if accumulate == torch.float32 else 1e-13
         index = ACTIVATIONS.index(self.activation)
@@ -134,6 +139,12 @@ class Problem:
             "residual": torch.zeros_like(g),
         }
         return exact, errors
+
+
+def bf16_products(dtype: torch.dtype) -> bool:
+    """Whether the native backend rounds the operands of products to bf16 for `hidden` of this dtype."""
+    native = backend_of("bottleneck_adapter", "cpu") != "reference"
+    return native and dtype == torch.bfloat16 and native_library().capability == "avx512_bf16"
 
 
 def activated(activation: str, z: torch.Tensor) -> torch.Tensor:
