@@ -268,7 +268,7 @@ def _tensors(weight: Any) -> tuple[Tensor, ...]:
 def _modules(dora: _DoRA, kind: type[LoRALinear]) -> list[Program]:
     """Our layers in evaluation mode."""
     case, programs = dora.layer.case, []
-    for weight in dora.layer.weights:
+    for weight in copy.deepcopy(dora.layer.weights):  # ours and our LoRA must not find each other's in cache
         module = kind.from_linear(_base_module(case, weight), r=case.r, lora_alpha=SCALING * case.r).eval()
         with torch.no_grad():
             for parameter, value in zip(module.adapter, dora.adapter, strict=True):

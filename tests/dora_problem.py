@@ -9,7 +9,7 @@ import numerics
 import peft_kernels as pk
 from factories import Problem, make_problem
 
-NORM_ERROR = 1e-6  # of dora_norm, where nothing cancels: tests/ops/dora/test_dora_norm.py
+NORM_ERROR = 1e-6  # of dora_norm: tests/ops/dora/test_dora_norm.py
 
 
 @dataclass

@@ -1,14 +1,14 @@
 """`DoRALinear`: a frozen linear layer whose rows are given a trainable direction and length."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
+from peft_kernels.functional import dora_norm
 from peft_kernels.nn.adapted_layer import ADAPTER
 from peft_kernels.nn.lora_linear import LoRALinear
-from peft_kernels.nn.scale_cache import scale_cache
+from peft_kernels.nn.scale_cache import run_dora, scale_cache
 from peft_kernels.ops.dora.functional import row_scale
 
 
@@ -21,8 +21,8 @@ class DoRALinear(LoRALinear):
     `lora_magnitude_vector` in an adapter file, as in PEFT.
 
     The norms are computed in every call in training mode. In eval mode they are kept until a weight changes,
-    so that the layer costs what LoRA costs; see `peft_kernels.invalidate_norms` for changes that torch does
-    not notice.
+    so that the layer costs what LoRA costs. After writes that torch does not notice, such as
+    `p.data.copy_(ema)`, call `peft_kernels.invalidate_norms`.
 
     Source: DoRA, arXiv 2402.09353, equation 5.
     """
@@ -55,23 +55,20 @@ class DoRALinear(LoRALinear):
         """x [..., K] to y [..., N], in the dtype of x."""
         if self.merged:
             return super().forward(x)
-        weight, (lora_a, lora_b), bias = self.frozen_weight, self.adapter, self.base_layer.bias
-        if self.training:
-            scale_cache(self).clear()
-            return dora_linear(
-                x, weight, lora_a, lora_b, self.magnitude, self.scaling, bias, self.lora_dropout
-            )
-        return adapted_linear(
+        return run_dora(
+            self,
             x,
-            weight,
-            lora_a=lora_a,
-            lora_b=lora_b,
-            scaling=self.scaling,
-            column_scale=scale_cache(self).scale(
-                weight, self.base_layer.weight, lora_a, lora_b, self.magnitude, self.scaling
-            ),
-            bias=bias,
+            self.frozen_weight,
+            *self.adapter,
+            self.magnitude,
+            self.scaling,
+            self.base_layer.bias,
+            self.lora_dropout,
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        scale_cache(self).clear()  # or it would hold the memory that is left
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
 
     def _norm(self) -> torch.Tensor:
         """||W + scaling * B A|| [N]."""

@@ -1,110 +1,127 @@
-"""`ScaleCache`: what DoRA multiplies a layer's outputs with, kept while nothing it depends on changes."""
+"""DoRA in a module: norms in every call in training mode, kept in eval mode while their sources stay."""
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from peft_kernels.functional import dora_norm
+from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
 from peft_kernels.ops.dora.functional import row_scale
 from peft_kernels.ops.nf4.weight import NF4Weight
 
 _ATTRIBUTE = "_scale_cache"  # of a module
 
 
-class _Snapshot(NamedTuple):
-    """A tensor as it was: it is still so if it is the same one, in the same memory, with no write since."""
+def run_dora(
+    module: nn.Module,
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Weight,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float | torch.Tensor,
+    bias: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """`dora_linear`; in eval mode the module keeps the norms (and drops nothing)."""
+    cache = scale_cache(module)
+    if module.training:
+        cache.clear()
+        return dora_linear(x, weight, lora_a, lora_b, magnitude, scaling, bias, dropout_p)
+    scale = cache.scale(weight, lora_a, lora_b, magnitude, scaling)
+    return adapted_linear(
+        x, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, column_scale=scale, bias=bias
+    )
 
-    reference: weakref.ref[torch.Tensor]
-    storage: StorageWeakRef  # says whether the memory at `address` was freed, and perhaps used again
-    address: int
+
+class _Snapshot(NamedTuple):
+    """A tensor as it was: it is still so if it is in the same memory, with no write since."""
+
+    alias: torch.Tensor  # of its memory and its version counter: no other tensor can come to lie there
     version: int
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        return cls(weakref.ref(tensor), storage, tensor.data_ptr(), tensor._version)
+        return cls(tensor.detach(), tensor._version)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
+        alias = self.alias
         return (
-            self.reference() is tensor
-            and self.version == tensor._version
-            and self.address == tensor.data_ptr()
-            and not self.storage.expired()  # type: ignore[no-untyped-call]
+            alias.data_ptr() == tensor.data_ptr()
+            and self.version == tensor._version == alias._version
+            and alias.shape == tensor.shape
+            and alias.dtype == tensor.dtype
         )
+
+
+class _Kept(NamedTuple):
+    """A norm and its sources; g and the magnitude it was made with, once needed without a gradient."""
+
+    sources: tuple[_Snapshot, ...]  # W, A, B
+    scaling: float
+    norm: torch.Tensor
+    magnitude: _Snapshot | None = None
+    scale: torch.Tensor | None = None
+
+    def is_of(self, sources: Sequence[torch.Tensor], scaling: float) -> bool:
+        return self.scaling == scaling and all(map(_Snapshot.is_of, self.sources, sources))
 
 
 class ScaleCache:
     """Keeps the norms of a DoRA layer in eval mode, and g = magnitude / norm where that needs no gradient.
 
-    A change to a tensor is noticed by its identity, its memory and torch's version counter, which every
-    in-place operation advances. Writes past it, through `.data`, NumPy or a raw pointer, are not: call
+    A change to a tensor is noticed by its memory and by torch's version counter, which every in-place
+    operation advances. Writes past it, through `.data`, NumPy or a raw pointer, are not: call
     `invalidate_norms` after them. Some optimizers write so, bitsandbytes' among them: therefore this is not
     for training mode.
 
-    Copies and pickles of a cache are empty.
+    Copies and pickles of a cache are empty. What it keeps is replaced as a whole, so threads may share it.
     """
 
     def __init__(self) -> None:
-        self._sources: tuple[_Snapshot, ...] = ()  # of the norm: W, A, B
-        self._scaling = 0.0
-        self._norm: torch.Tensor | None = None
-        self._magnitude: _Snapshot | None = None
-        self._scale: torch.Tensor | None = None
+        self._kept: _Kept | None = None
 
     def scale(
         self,
         weight: torch.Tensor | NF4Weight,
-        parameter: torch.Tensor,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
         magnitude: torch.Tensor,
         scaling: float | torch.Tensor,
     ) -> torch.Tensor:
-        """`row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))`, or what is kept of it.
-
-        Args:
-            weight: W [N, K].
-            parameter: the tensor that W is stored in.
-            lora_a: [r, K].
-            lora_b: [N, r].
-            magnitude: [N].
-            scaling: as `dora_norm` takes it.
-        """
-        sources = (parameter, lora_a, lora_b)
-        # In a graph a kept result would be a constant; tensors made in inference mode have no version.
-        if (
-            torch.compiler.is_compiling()
-            or isinstance(scaling, torch.Tensor)
-            or any(tensor.is_inference() for tensor in (*sources, magnitude))
-        ):
+        """`row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))`, or what is kept of it."""
+        base = weight.base_weight()[:5] if isinstance(weight, NF4Weight) else (weight,)
+        sources = (*(tensor for tensor in base if tensor is not None), lora_a, lora_b)
+        if isinstance(scaling, torch.Tensor) or not all(map(_has_version, (*sources, magnitude))):
             return row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))
-        if self._norm is None or scaling != self._scaling or not self._unchanged(sources):
+        kept = self._kept
+        if kept is None or not kept.is_of(sources, scaling):
             # Normal tensors even in inference mode: they may be used outside of it later.
-            with torch.inference_mode(False):
-                self._norm = dora_norm(weight, lora_a, lora_b, scaling)
-            self._sources, self._scaling = tuple(map(_Snapshot.of, sources)), scaling
-            self._scale = None
-        if magnitude.requires_grad and torch.is_grad_enabled():
-            return row_scale(magnitude, self._norm)
-        if self._scale is None or self._magnitude is None or not self._magnitude.is_of(magnitude):
             with torch.inference_mode(False), torch.no_grad():
-                self._scale = row_scale(magnitude, self._norm)
-            self._magnitude = _Snapshot.of(magnitude)
-        return self._scale
-
-    def _unchanged(self, sources: Sequence[torch.Tensor]) -> bool:
-        return all(map(_Snapshot.is_of, self._sources, sources))
+                norm = dora_norm(weight, lora_a, lora_b, scaling)
+                kept = self._kept = _Kept(tuple(map(_Snapshot.of, sources)), scaling, norm)
+        if magnitude.requires_grad and torch.is_grad_enabled():
+            return row_scale(magnitude, kept.norm)
+        if kept.scale is None or kept.magnitude is None or not kept.magnitude.is_of(magnitude):
+            with torch.inference_mode(False), torch.no_grad():
+                scale, snapshot = row_scale(magnitude, kept.norm), _Snapshot.of(magnitude)
+            self._kept = kept._replace(magnitude=snapshot, scale=scale)
+            return scale
+        return kept.scale
 
     def clear(self) -> None:
         """Forget everything."""
-        self._norm = self._scale = None
+        self._kept = None
 
     def __reduce__(self) -> tuple[type["ScaleCache"], tuple[()]]:
         return ScaleCache, ()
+
+
+def _has_version(tensor: torch.Tensor) -> bool:
+    """Whether writes to a tensor can be noticed. In a graph, what is kept would be a constant."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+    return not torch.compiler.is_compiling() and plain and not tensor.is_inference()
 
 
 def scale_cache(module: nn.Module) -> ScaleCache:
@@ -118,8 +135,9 @@ def scale_cache(module: nn.Module) -> ScaleCache:
 def invalidate_norms(model: nn.Module) -> None:
     """Make every DoRA layer of `model` compute its norms anew.
 
-    To be called after weights of a model in eval mode were changed through `.data`, NumPy or a raw pointer,
-    which torch does not notice. Any other change is noticed, and in training mode norms are not kept.
+    To be called after weights of a model in eval mode were changed past torch's notice: through `.data`
+    (`p.data.copy_(ema)`), NumPy or a raw pointer. In training mode norms are not kept, any other change is
+    noticed, and so are PEFT's own changes of the base weight.
     """
     for module in model.modules():
         cache: ScaleCache | None = module.__dict__.get(_ATTRIBUTE)

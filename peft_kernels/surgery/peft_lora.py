@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft_kernels.functional import adapted_linear, dora_linear
+from peft_kernels.functional import adapted_linear
 from peft_kernels.nn.dropout import PhiloxDropout
 from peft_kernels.nn.plain_linear import bypass_reason
-from peft_kernels.nn.scale_cache import scale_cache
+from peft_kernels.nn.scale_cache import run_dora, scale_cache
 from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery.bitsandbytes_linear import Operands, autocast_off
 from peft_kernels.surgery.peft_common import (
@@ -38,8 +38,33 @@ class Adapter(NamedTuple):
     magnitude: torch.Tensor | None  # [N], where the adapter is a DoRA
 
 
+class ForgetsNorms(FusedLayer):
+    """Kept norms of a DoRA adapter go when PEFT writes the base weight, which it does past torch's notice."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; some initialisations take the adapter's start out of the base weight."""
+        return self._forget_and("update_layer", args, kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's."""
+        return self._forget_and("merge", args, kwargs)
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; in 16 bits it does not give back quite the weight that was."""
+        return self._forget_and("unmerge", args, kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forget_and("_apply", args, kwargs)
+
+    def _forget_and(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return getattr(super(), method)(*args, **kwargs)
+        finally:
+            scale_cache(self).clear()
+
+
 @handles("peft.tuners.lora.layer:Linear")
-class FusedLoraLinear(FusedLayer):
+class FusedLoraLinear(ForgetsNorms):
     """LoRA over a dense layer: y = x W^T + bias + scaling * (D(x) A^T) B^T, in the dtype of x; or DoRA.
 
     PEFT rounds after every step, this once. Adapters in fp32 over a bf16 or fp16 base, which is PEFT's
@@ -73,7 +98,7 @@ class FusedLoraLinear(FusedLayer):
 
 
 @handles("peft.tuners.lora.bnb:Linear4bit")
-class FusedLoraLinear4bit(FusedOver4bit):
+class FusedLoraLinear4bit(ForgetsNorms, FusedOver4bit):
     """LoRA or DoRA over a bitsandbytes `Linear4bit` in NF4: QLoRA and QDoRA.
 
     All of it is computed on x in the base's `compute_dtype`, and y returned in the dtype of x. PEFT rounds x
@@ -179,24 +204,10 @@ def _run(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The layer's output for x in its compute dtype."""
-    a, b, scaling, dropout_p, magnitude = adapter
-    column_scale = None
+    a, b, scaling, p, magnitude = adapter
     if magnitude is not None:
-        if layer.training:
-            scale_cache(layer).clear()
-            return dora_linear(x, weight, a, b, magnitude, scaling, bias, dropout_p)
-        base: Any = layer.base_layer
-        column_scale = scale_cache(layer).scale(weight, base.weight, a, b, magnitude, scaling)
-    return adapted_linear(
-        x,
-        weight,
-        lora_a=a,
-        lora_b=b,
-        scaling=scaling,
-        column_scale=column_scale,
-        bias=bias,
-        dropout_p=dropout_p,
-    )
+        return run_dora(layer, x, weight, a, b, magnitude, scaling, bias, p)
+    return adapted_linear(x, weight, lora_a=a, lora_b=b, scaling=scaling, bias=bias, dropout_p=p)
 
 
 def _dropout_reason(dropout: Any) -> str:

@@ -54,7 +54,7 @@ void check(int64_t N, int64_t K, int64_t rank, DType dtype, bool quantised, Rand
       sum += v * v;
     }
     expected[static_cast<size_t>(n)] = std::sqrt(sum);
-    bound[static_cast<size_t>(n)] = 1e-5 * std::sqrt(sum);
+    bound[static_cast<size_t>(n)] = 1e-6 * std::sqrt(sum);
   }
 
   for (const Kernels* table : all_kernels()) {

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,19 @@ def test_norms_are_kept_in_eval_mode_only(computed: list[int]) -> None:
     assert len(computed) == 2
 
 
+def write_a(layer: DoRALinear) -> None:
+    with torch.no_grad():
+        layer.adapter[0].mul_(3.0)
+
+
 def write_b(layer: DoRALinear) -> None:
     with torch.no_grad():
         layer.adapter[1].mul_(3.0)
+
+
+def write_the_base(layer: DoRALinear) -> None:
+    with torch.no_grad():
+        layer.base_layer.weight[:, ::2].mul_(3.0)
 
 
 def train_a_step(layer: DoRALinear) -> None:
@@ -175,8 +186,9 @@ def write_past_torch(layer: DoRALinear) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        write_b, train_a_step, load_other_weights, assign_other_weights, replace_the_base, change_the_scaling,
-        round_the_weights, put_other_data, stretch_the_magnitude, write_past_torch,
+        write_a, write_b, write_the_base, train_a_step, load_other_weights, assign_other_weights,
+        replace_the_base, change_the_scaling, round_the_weights, put_other_data, stretch_the_magnitude,
+        write_past_torch,
     ],
 )  # fmt: skip
 def test_any_change_makes_the_norms_anew(change: Any) -> None:
@@ -190,6 +202,65 @@ def test_any_change_makes_the_norms_anew(change: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, **CLOSE)
     assert not torch.allclose(layer(x), before, **CLOSE)
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4_double"])
+def test_new_scales_of_a_4_bit_base_are_noticed(base: str) -> None:
+    layer = make_layer(base).eval()
+    x = torch.randn(3, 64)
+    layer(x)
+    scales = layer.base_layer.nested_absmax if base == "nf4_double" else layer.base_layer.absmax
+    scales[: scales.numel() // 2 + 1] *= 3.0
+    expected = nn.functional.linear(x, adapted_weight(layer), layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+def test_memory_that_is_used_again_is_not_taken_for_the_old() -> None:
+    layer = make_layer().eval()
+    x, parameter = torch.randn(3, 64), layer.adapter[1]
+    layer(x)
+    for _ in range(20):  # where memory were free, it would soon be used again
+        parameter.data = parameter.data.clone()
+        parameter.data = 1.25 * parameter.data
+        expected = nn.functional.linear(x, adapted_weight(layer), layer.base_layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)  # B grows to 87 times its size
+
+
+def test_a_trainable_base_without_gradients() -> None:
+    layer = make_layer().eval()
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    layer.base_layer.requires_grad_(True)
+    scale_cache.scale_cache(layer).clear()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(layer(x), expected)
+
+
+def test_tensors_may_be_swapped_and_moved() -> None:
+    layer = make_layer().eval()
+    x = torch.randn(3, 64)
+    layer(x)
+    torch.utils.swap_tensors(layer.adapter[1], nn.Parameter(3.0 * layer.adapter[1].detach()))
+    expected = nn.functional.linear(x, adapted_weight(layer), layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+    layer.double()
+    assert scale_cache.scale_cache(layer)._kept is None  # or it would hold the memory that is left
+
+
+def test_threads_may_share_a_layer() -> None:
+    layer = make_layer().eval()
+    x = torch.randn(3, 64)
+    expected = layer(x).detach()
+
+    def call(turn: int) -> bool:
+        if turn % 3 == 0:
+            pk.invalidate_norms(layer)
+        with torch.inference_mode():
+            return torch.equal(layer(x), expected)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(call, range(600)))
 
 
 def test_writes_past_torch_go_unnoticed() -> None:

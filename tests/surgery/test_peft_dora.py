@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft_models import (
     BASES,
     adapt,
@@ -203,6 +203,49 @@ def test_eval_follows_training_merging_and_switching(base: str) -> None:
     assert {row.reason for row in explain(fused)} == {""}
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_in_training_mode_nothing_is_kept(base: str) -> None:
+    """Optimizers that write past torch's notice, and then eval mode."""
+    stock, fused = (model.eval() for model in pair(make_dora(base)))
+    for module in stock.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    replace_layers(fused, strict=True)
+    x = torch.randn(3, 64)
+    fused(x)
+    for model in (stock, fused):
+        model.train()(x)
+        layer(model).lora_B["default"].weight.data.mul_(3.0)
+        model.eval()
+    assert_close(fused(x), stock(x))
+
+
+def test_peft_writes_the_base_weight_past_torch() -> None:
+    """An OLoRA takes its start out of the base weight, through `.data`."""
+    stock, fused = (model.eval() for model in pair(make_dora()))
+    replace_layers(fused, strict=True)
+    x = torch.randn(3, 64)
+    fused(x)
+    for model in (stock, fused):
+        torch.manual_seed(0)
+        model.add_adapter("olora", LoraConfig(target_modules=["0", "2"], init_lora_weights="olora"))
+        model.set_adapter("default")
+    assert_close(fused(x), stock(x))
+
+
+def test_merging_another_adapter_in_bf16_and_back_leaves_another_weight() -> None:
+    model = make_dora(dtype=torch.bfloat16).eval()
+    model.add_adapter("plain", LoraConfig(target_modules=["0", "2"], lora_alpha=400, init_lora_weights=False))
+    replace_layers(model, strict=True)
+    dora, x = layer(model), torch.randn(3, 64).bfloat16()
+    dora(x)
+    dora.merge(adapter_names=["plain"])
+    dora.unmerge()
+    y = dora(x)
+    pk.invalidate_norms(model)
+    assert torch.equal(dora(x), y)
+
+
 def test_writes_past_torch_need_invalidate_norms() -> None:
     stock, fused = (model.eval() for model in pair(make_dora()))
     replace_layers(fused, strict=True)
@@ -308,6 +351,21 @@ def test_what_is_left_to_peft() -> None:
         layer(stock)(x, adapter_names=names)
     with pytest.raises(ValueError, match="DoRA"):
         layer(fused)(x, adapter_names=names)
+
+
+def test_dtypes_and_classes_that_are_left_to_peft() -> None:
+    dora = layer(make_dora())
+    replace_layers(dora, strict=True)
+    dora.lora_magnitude_vector["default"].half()
+    assert "the adapter is torch.float16, the layer computes in torch.float32" in explain(dora).rows[0].reason
+
+    class OtherVector(type(dora.lora_magnitude_vector["default"])):
+        pass
+
+    dora = layer(make_dora())
+    dora.lora_magnitude_vector["default"].__class__ = OtherVector
+    reason = replace_layers(dora).rows[0].reason
+    assert reason == "lora_magnitude_vector: a OtherVector, not a DoraLinearLayer"
 
 
 def test_report_of_a_4bit_dora_layer_has_its_product() -> None:

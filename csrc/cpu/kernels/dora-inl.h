@@ -4,10 +4,19 @@
 
 inline constexpr int64_t kNormRows = 2 * kTileRows;  // rows of a task; even, as rows are decoded in twos
 
+// A number of 48 bits. The rounding of `scaling` to fp32 would be the same for all of a row's elements, and not
+// average.
+struct TwoFloats {
+  float high, low;
+  explicit TwoFloats(double value)
+      : high(static_cast<float>(value)), low(static_cast<float>(value - static_cast<double>(high))) {}
+};
+
 // squares[i] += the squares of w[i] + scaling * b[i] A, i < kRows, over one panel of A [rank, kPanelColumns]; lanes run
 // along the inputs.
 template <int kRows>
-void norm_tile(const float* w, int64_t ldw, const float* b, int64_t rank, const float* a, Vec scaling, float* squares) {
+void norm_tile(const float* w, int64_t ldw, const float* b, int64_t rank, const float* a, const TwoFloats& scaling,
+               float* squares) {
   Vec left[kRows], right[kRows];
   for (int i = 0; i < kRows; ++i) left[i] = right[i] = zero();
   for (int64_t j = 0; j < rank; ++j, a += kPanelColumns) {
@@ -19,15 +28,22 @@ void norm_tile(const float* w, int64_t ldw, const float* b, int64_t rank, const 
       right[i] = fmadd(s, a1, right[i]);
     }
   }
+  const Vec high = broadcast(scaling.high), low = broadcast(scaling.low);
   for (int i = 0; i < kRows; ++i, w += ldw, squares += kLanes) {
-    const Vec v0 = fmadd(scaling, left[i], load(w)), v1 = fmadd(scaling, right[i], load(w + kLanes));
+    Vec v0 = load(w), v1 = load(w + kLanes);
+    if (scaling.low != 0.0f) {
+      v0 = fmadd(low, left[i], v0);
+      v1 = fmadd(low, right[i], v1);
+    }
+    v0 = fmadd(high, left[i], v0);
+    v1 = fmadd(high, right[i], v1);
     store(squares, fmadd(v1, v1, fmadd(v0, v0, load(squares))));
   }
 }
 
 template <int kRows>
-void norm_rows(int64_t rows, const float* w, int64_t ldw, const float* b, int64_t rank, const float* a, Vec scaling,
-               float* squares) {
+void norm_rows(int64_t rows, const float* w, int64_t ldw, const float* b, int64_t rank, const float* a,
+               const TwoFloats& scaling, float* squares) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return norm_tile<kRows>(w, ldw, b, rank, a, scaling, squares);
     norm_rows<kRows - 1>(rows, w, ldw, b, rank, a, scaling, squares);
@@ -99,15 +115,19 @@ double norm_in_double(const DoraNorm& p, int64_t n, const float* a, const float*
   return std::sqrt(sum);
 }
 
-// Whether a row's sum of squares, made in fp32, is good to kNormError. `reach` = |scaling| sum_j |b_j| ||A_j|| is the
-// most that the low-rank part can be. Its elements are off by sqrt(rank) roundings of that size at most, rounding being
-// random (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4 with lambda = 1, as a norm averages over its
-// elements), which matters where the row is far shorter. What else there is (the sum of squares, in order in blocks of
-// kBlockDepth) stays below 1e-6. Not so where squares leave the range of fp32, or are not finite.
-inline bool norm_is_accurate(double squares, double reach, int64_t rank) {
-  constexpr double kNormError = 9e-6, kRounding = 0x1p-24, kLeast = 1e-25, kMost = 1e38;
-  if (!(squares > kLeast && squares < kMost)) return false;
-  return std::sqrt(static_cast<double>(rank + 1)) * kRounding * reach <= kNormError * std::sqrt(squares);
+// Whether a row's length `norm`, made in fp32, is good to 1e-6. An element of the low-rank part is a sum of `rank`
+// products, off by at most (rank + 2) roundings of the sum of their magnitudes, which is at most `reach` = |scaling|
+// sum_j |b_j| max|A_j|; and with near certainty by 3 sqrt(rank + 1), roundings being random (Higham and Mary, SIAM J.
+// Sci. Comput. 41, 2019, theorem 2.4). For the same reason the errors of a row's elements do not add up to more than
+// the largest of them in its length, but for the half of their squares' sum. This matters where the row is far shorter
+// than its parts. The sum of squares, in order in blocks of kBlockDepth, adds less than 6e-7. Not so where squares
+// leave the range of fp32, or are not finite.
+inline bool norm_is_accurate(double norm, double reach, int64_t rank, int64_t in_features) {
+  constexpr double kNormError = 4e-7, kRounding = 0x1p-24, kLeast = 1e-12, kMost = 1e19;
+  if (!(norm > kLeast && norm < kMost)) return false;
+  const double terms = static_cast<double>(rank + 1), roundings = std::fmin(terms + 1.0, 3.0 * std::sqrt(terms));
+  const double element = roundings * kRounding * reach / norm;
+  return element + 0.5 * element * element * static_cast<double>(in_features) <= kNormError;
 }
 
 void dora_norm(const DoraNorm& p, ThreadPool pool) {
@@ -116,24 +136,23 @@ void dora_norm(const DoraNorm& p, ThreadPool pool) {
   Slice caller{caller_scratch(
       static_cast<size_t>(slice_size(chunks * kBlockDepth * rank) + slice_size(chunks * rank) + slice_size(rank)))};
   float* a = caller.take(chunks * kBlockDepth * rank);  // [K / P, rank, P]
-  float* a_squares = caller.take(chunks * rank);        // ||A_j||^2 by chunks
-  float* a_norm = caller.take(rank);                    // ||A_j||
+  float* chunk_most = caller.take(chunks * rank);       // max|A_j| by chunks
+  float* a_most = caller.take(rank);                    // max|A_j|
   parallel(pool, chunks, [&](int64_t chunk) {
     const int64_t k0 = chunk * kBlockDepth, count = lesser(kBlockDepth, in_features - k0);
     pack_rows(rank, count, a + k0 * rank, [&](int64_t j, float* row) {
       load_row(p.a, j * in_features + k0, count, row);
-      float sum = 0.0f;
-      for (int64_t i = 0; i < count; ++i) sum += row[i] * row[i];
-      a_squares[chunk * rank + j] = sum;
+      float most = 0.0f;
+      for (int64_t i = 0; i < count; ++i) most = std::fmax(most, std::fabs(row[i]));
+      chunk_most[chunk * rank + j] = most;
     });
   });
   for (int64_t j = 0; j < rank; ++j) {
-    double sum = 0.0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += a_squares[chunk * rank + j];
-    a_norm[j] = static_cast<float>(std::sqrt(sum));
+    a_most[j] = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) a_most[j] = std::fmax(a_most[j], chunk_most[chunk * rank + j]);
   }
 
-  const Vec scaling = broadcast(static_cast<float>(p.scaling));
+  const TwoFloats scaling(p.scaling);
   parallel(pool, ceil_div(p.out_features, kNormRows), [&](int64_t task) {
     const int64_t n0 = task * kNormRows, rows = lesser(kNormRows, p.out_features - n0);
     Slice scratch{task_scratch(static_cast<size_t>(slice_size(rows * rank) + slice_size(kNormRows * kPanelColumns) +
@@ -162,9 +181,10 @@ void dora_norm(const DoraNorm& p, ThreadPool pool) {
     for (int64_t i = 0; i < rows; ++i) {
       const float* row = b + i * rank;
       double reach = 0.0;
-      for (int64_t j = 0; j < rank; ++j) reach += std::fabs(static_cast<double>(row[j]) * a_norm[j]);
-      const bool accurate = norm_is_accurate(sums[i], std::fabs(p.scaling) * reach, rank);
-      p.norm[n0 + i] = static_cast<float>(accurate ? std::sqrt(sums[i]) : norm_in_double(p, n0 + i, a, row));
+      for (int64_t j = 0; j < rank; ++j) reach += std::fabs(static_cast<double>(row[j]) * a_most[j]);
+      const double norm = std::sqrt(sums[i]);
+      const bool accurate = norm_is_accurate(norm, std::fabs(p.scaling) * reach, rank, in_features);
+      p.norm[n0 + i] = static_cast<float>(accurate ? norm : norm_in_double(p, n0 + i, a, row));
     }
   });
 }

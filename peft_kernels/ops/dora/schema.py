@@ -8,7 +8,7 @@ from peft_kernels.core.backend import define_op, fake_kernel
 from peft_kernels.core.checks import check_dtype, check_finite, check_shape
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.ops.linear.schema import BASE_SCHEMA, accumulate_dtype, check_lora
-from peft_kernels.ops.nf4.schema import BaseWeight, check_nf4_format
+from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_format
 
 define_op(
     "dora_norm",
@@ -27,7 +27,7 @@ class NormArgs(NamedTuple):
     nested_blocksize: int  # 0 where not double-quantised
     blocksize: int  # 0 where dense
     out_features: int  # N
-    lora_a: torch.Tensor  # [r, K], float32 or, over a dense weight, its dtype
+    lora_a: torch.Tensor  # [r, K], of any float dtype; float64 over a float64 or an NF4 weight only
     lora_b: torch.Tensor  # [N, r], dtype of lora_a
     scaling: float
 
@@ -41,7 +41,7 @@ def check_dora_norm(args: NormArgs) -> None:
         check_dtype("weight", weight, FLOAT_DTYPES)
         check_shape("weight", weight, "[N, K]", (n, None))
         k = weight.shape[1]
-        dtypes = (weight.dtype, accumulate_dtype(weight.dtype))
+        dtypes = (weight.dtype,) if weight.dtype == torch.float64 else WEIGHT_DTYPES
     check_lora(args.lora_a, args.lora_b, (n, k), dtypes, "weight", weight)
     if n < 1 or k < 1:
         raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {k}]")

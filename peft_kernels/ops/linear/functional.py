@@ -73,7 +73,7 @@ def adapted_linear(
     """
     refuse_transforms("adapted_linear", "torch.nn.functional.linear on w.dequantize()")
     check_tensor("x", x)
-    x, weight = _autocast(x, weight)
+    x, weight = under_autocast(x, weight)
     base, out_features = split_weight(weight, x)
     if lora_a is None and lora_b is None:
         scaling = _no_scaling(scaling)
@@ -215,7 +215,7 @@ def _nf4_linear_int8(x: torch.Tensor, w: NF4Weight, bias: torch.Tensor | None) -
             "torch.nn.functional.linear on w.dequantize()"
         )
     check_tensor("x", x)
-    x, _ = _autocast(x, w)
+    x, _ = under_autocast(x, w)
     base, out_features = split_weight(w, x)
     args = Int8Args(flatten(x), *base, out_features, bias)
     check_nf4_linear_int8(args)
@@ -230,7 +230,7 @@ def _nf4_linear_int8(x: torch.Tensor, w: NF4Weight, bias: torch.Tensor | None) -
     return y.reshape(*x.shape[:-1], out_features)
 
 
-def _autocast(
+def under_autocast(
     x: torch.Tensor, weight: torch.Tensor | NF4Weight
 ) -> tuple[torch.Tensor, torch.Tensor | NF4Weight]:
     """x and a dense weight in the autocast dtype, where autocast is on; float64 is left alone."""

@@ -54,7 +54,9 @@ def ia3_linear(
 
 def _vector(ia3_l: torch.Tensor, weight_shape: tuple[int, ...], feedforward: bool) -> torch.Tensor:
     """`ia3_l` as [N] or [K]."""
-    letter, size = ("K", weight_shape[-1]) if feedforward else ("N", weight_shape[0])
+    if len(weight_shape) != 2:
+        raise ValueError(f"weight must be [N, K], got {list(weight_shape)}")
+    letter, size = ("K", weight_shape[1]) if feedforward else ("N", weight_shape[0])
     if ia3_l.shape not in ((size,), (1, size) if feedforward else (size, 1)):
         shapes = f"[{letter}] or {'[1, K]' if feedforward else '[N, 1]'}"
         form = "with" if feedforward else "without"

@@ -164,6 +164,15 @@ def test_autocast(backend: str) -> None:
     assert torch.equal(y, dora.run(**cast))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_with_a_16_bit_adapter(backend: str, weight_dtype: torch.dtype) -> None:
+    dora = make_dora(6, 12, 64, weight="dense")
+    narrow = {name: tensor.bfloat16() for name, tensor in dora.tensors.items() if name != "x"}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dora.run(**narrow, weight=dora.problem.weight.to(weight_dtype))
+    torch.testing.assert_close(y.float(), dora.run(), rtol=0.05, atol=0.15)  # each a sum of 64 terms of 2^-8
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(backend: str, use_reentrant: bool) -> None:
     dora = make_dora(6, 12, 64, dropout_p=0.3)

@@ -143,6 +143,14 @@ def test_shapes_of_peft(backend: str, weight: str, feedforward: bool) -> None:
         assert torch.equal(shaped[name].flatten(), value.flatten())
 
 
+def test_the_bias_is_multiplied_in_fp32(backend: str) -> None:
+    """x = 0 leaves bias * l, rounded once."""
+    x, weight = torch.zeros(1, 32).bfloat16(), torch.zeros(500, 32).bfloat16()
+    bias, vector = torch.randn(500).bfloat16(), torch.randn(500)
+    y = pk.functional.ia3_linear(x, weight, vector, bias)
+    assert torch.equal(y[0], (bias.float() * vector).bfloat16())
+
+
 @EACH_FORM
 def test_leading_dimensions_and_no_bias(backend: str, feedforward: bool) -> None:
     ia3 = IA3(6, 12, 64, feedforward)
