@@ -1,7 +1,7 @@
 """DoRA in a module: norms in every call in training mode, kept in eval mode while their sources stay."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,37 +35,21 @@ def run_dora(
     )
 
 
-class _Snapshot(NamedTuple):
-    """A tensor as it was: it is still so if it is in the same memory, with no write since."""
-
-    alias: torch.Tensor  # of its memory and its version counter: no other tensor can come to lie there
-    version: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Self:
-        return cls(tensor.detach(), tensor._version)
-
-    def is_of(self, tensor: torch.Tensor) -> bool:
-        alias = self.alias
-        return (
-            alias.data_ptr() == tensor.data_ptr()
-            and self.version == tensor._version == alias._version
-            and alias.shape == tensor.shape
-            and alias.dtype == tensor.dtype
-        )
-
-
 class _Kept(NamedTuple):
     """A norm and its sources; g and the magnitude it was made with, once needed without a gradient."""
 
-    sources: tuple[_Snapshot, ...]  # W, A, B
+    state: list[int]  # of W, A, B
+    aliases: tuple[torch.Tensor, ...]  # of their memory: no other tensor can come to lie there
     scaling: float
     norm: torch.Tensor
-    magnitude: _Snapshot | None = None
+    magnitude_state: list[int] | None = None
+    magnitude: torch.Tensor | None = None  # an alias
     scale: torch.Tensor | None = None
 
-    def is_of(self, sources: Sequence[torch.Tensor], scaling: float) -> bool:
-        return self.scaling == scaling and all(map(_Snapshot.is_of, self.sources, sources))
+
+def _state(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where tensors lie, and how often they were written: the same only if nothing has changed."""
+    return [number for tensor in tensors for number in (tensor.data_ptr(), tensor._version)]
 
 
 class ScaleCache:
@@ -91,22 +75,28 @@ class ScaleCache:
         scaling: float | torch.Tensor,
     ) -> torch.Tensor:
         """`row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))`, or what is kept of it."""
-        base = weight.base_weight()[:5] if isinstance(weight, NF4Weight) else (weight,)
+        base = (
+            weight.base_weight()[:3] if isinstance(weight, NF4Weight) else (weight,)
+        )  # not the constant code
         sources = (*(tensor for tensor in base if tensor is not None), lora_a, lora_b)
-        if isinstance(scaling, torch.Tensor) or not all(map(_has_version, (*sources, magnitude))):
+        # In a graph, what is kept would be a constant; and writes to some tensors go unnoticed.
+        noticed = not torch.compiler.is_compiling() and all(map(_counts_writes, (*sources, magnitude)))
+        if isinstance(scaling, torch.Tensor) or not noticed:
             return row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))
-        kept = self._kept
-        if kept is None or not kept.is_of(sources, scaling):
+        kept, state = self._kept, _state(sources)
+        if kept is None or kept.state != state or kept.scaling != scaling:
             # Normal tensors even in inference mode: they may be used outside of it later.
             with torch.inference_mode(False), torch.no_grad():
                 norm = dora_norm(weight, lora_a, lora_b, scaling)
-                kept = self._kept = _Kept(tuple(map(_Snapshot.of, sources)), scaling, norm)
+                aliases = tuple(tensor.detach() for tensor in sources)
+            kept = self._kept = _Kept(state, aliases, scaling, norm)
         if magnitude.requires_grad and torch.is_grad_enabled():
             return row_scale(magnitude, kept.norm)
-        if kept.scale is None or kept.magnitude is None or not kept.magnitude.is_of(magnitude):
+        state = _state((magnitude,))
+        if kept.scale is None or kept.magnitude_state != state:
             with torch.inference_mode(False), torch.no_grad():
-                scale, snapshot = row_scale(magnitude, kept.norm), _Snapshot.of(magnitude)
-            self._kept = kept._replace(magnitude=snapshot, scale=scale)
+                scale, alias = row_scale(magnitude, kept.norm), magnitude.detach()
+            self._kept = kept._replace(magnitude_state=state, magnitude=alias, scale=scale)
             return scale
         return kept.scale
 
@@ -118,10 +108,8 @@ class ScaleCache:
         return ScaleCache, ()
 
 
-def _has_version(tensor: torch.Tensor) -> bool:
-    """Whether writes to a tensor can be noticed. In a graph, what is kept would be a constant."""
-    plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
-    return not torch.compiler.is_compiling() and plain and not tensor.is_inference()
+def _counts_writes(tensor: torch.Tensor) -> bool:
+    return (type(tensor) is torch.Tensor or type(tensor) is nn.Parameter) and not tensor.is_inference()
 
 
 def scale_cache(module: nn.Module) -> ScaleCache:
