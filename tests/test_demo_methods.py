@@ -42,10 +42,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 NAMES = [method.name for method in METHODS]
 BY_NAME = {method.name: method for method in METHODS}
 
-# Methods whose layers `replace_layers` does not fuse yet. Delete a name as soon as it does: until then
-# `test_every_layer_runs_fused` expects to fail, and it fails if it does not.
-NOT_YET_FUSED = ()
-
 BLOCKS, D, D_FF, RANK, BOTTLENECK = 6, 384, 1536, 8, 24
 HEAD = 2 * D + 2
 LORA = RANK * (
@@ -240,15 +236,7 @@ def test_lora_plus_trains_b_faster():
     assert rates == {1e-4, 16 * 1e-4}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="no handler yet", strict=True))
-        if name in NOT_YET_FUSED
-        else name
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layer_runs_fused(name):
     model = BY_NAME[name].build(0)
     forward_backward(model, Tokenizer()(load_words()[:4]))
