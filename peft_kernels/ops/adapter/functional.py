@@ -55,7 +55,8 @@ def bottleneck_adapter(
         down = f(h W_d^T + b_d)      up = scaling * (down W_u^T + b_u)      out = D(up) * gate + residual
 
     with h = `hidden`, W_d = `down_weight`, W_u = `up_weight` and dropout D. One kernel goes over tiles of
-    tokens; down and up exist only a tile at a time. Everything is summed in fp32 and rounded once.
+    tokens; down and up exist only a tile at a time. Everything is summed in fp32 and rounded once; with bf16
+    `hidden`, on CPUs with bf16 arithmetic, the operands of products are rounded to bf16, as PyTorch's are.
     Differentiable, once, in everything but `seed`. The backward pass keeps `hidden` itself and computes down
     again. Pass the very tensor `hidden` as `residual` where it is the residual: its two gradients are then
     added inside the kernel.
