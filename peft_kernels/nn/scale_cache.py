@@ -75,9 +75,7 @@ class ScaleCache:
         scaling: float | torch.Tensor,
     ) -> torch.Tensor:
         """`row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))`, or what is kept of it."""
-        base = (
-            weight.base_weight()[:3] if isinstance(weight, NF4Weight) else (weight,)
-        )  # not the constant code
+        base = weight.base_weight()[:5] if isinstance(weight, NF4Weight) else (weight,)
         sources = (*(tensor for tensor in base if tensor is not None), lora_a, lora_b)
         # In a graph, what is kept would be a constant; and writes to some tensors go unnoticed.
         noticed = not torch.compiler.is_compiling() and all(map(_counts_writes, (*sources, magnitude)))

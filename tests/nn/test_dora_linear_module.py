@@ -204,13 +204,13 @@ def test_any_change_makes_the_norms_anew(change: Any) -> None:
     assert not torch.allclose(layer(x), before, **CLOSE)
 
 
-@pytest.mark.parametrize("base", ["nf4", "nf4_double"])
-def test_new_scales_of_a_4_bit_base_are_noticed(base: str) -> None:
-    layer = make_layer(base).eval()
+@pytest.mark.parametrize("scales", ["absmax", "nested_absmax", "nested_offset"])
+def test_new_scales_of_a_4_bit_base_are_noticed(scales: str) -> None:
+    layer = make_layer("nf4" if scales == "absmax" else "nf4_double").eval()
     x = torch.randn(3, 64)
     layer(x)
-    scales = layer.base_layer.nested_absmax if base == "nf4_double" else layer.base_layer.absmax
-    scales[: scales.numel() // 2 + 1] *= 3.0
+    tensor = getattr(layer.base_layer, scales).view(-1)
+    tensor[: tensor.numel() // 2 + 1] *= 3.0
     expected = nn.functional.linear(x, adapted_weight(layer), layer.base_layer.bias)
     torch.testing.assert_close(layer(x), expected, **CLOSE)
 
