@@ -229,10 +229,7 @@ void finish_adapter_row(const BottleneckAdapter& p, int64_t m, int64_t n0, int64
   multiply_row(row, scale, count);
   if (p.up) store_row(row, count, p.up, at);
   if (p.dropout.threshold != 0) apply_dropout(row, count, at, p.dropout);
-  if (p.gate) {
-    const float gate = load_gate(p, m);
-    for (int64_t i = 0; i < count; ++i) row[i] *= gate;
-  }
+  if (p.gate) scale_row(row, load_gate(p, m), count);
   if (p.residual) {
     float buffer[kAdapterColumns];
     const float* residual = as_float(p.residual, at, count, buffer);

@@ -113,10 +113,7 @@ void backward_tokens(const BottleneckAdapterBackward& p, float* f_transposed, fl
         for (int64_t j = 0; j < p.rank; ++j) sum += f[t * width + j] * d[j];
         store_row(&sum, 1, p.dgate, m0 + t);
       }
-      const float gate = load_gate(p, m0 + t);
-      if (p.gate) {
-        for (int64_t j = 0; j < p.rank; ++j) d[j] *= gate;
-      }
+      if (p.gate) scale_row(d, load_gate(p, m0 + t), p.rank);
       if (p.grad_down) {
         load_row(p.grad_down, (m0 + t) * p.rank, p.rank, row);
         for (int64_t j = 0; j < p.rank; ++j) d[j] += row[j];
@@ -190,7 +187,7 @@ void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_trans
         dscale[n0 + i] = dot;
       }
       if (!p.dup_weight) continue;
-      for (int64_t j = 0; j < p.rank; ++j) row[j] *= scale[i];
+      scale_row(row, scale[i], p.rank);
       store_row(row, p.rank, p.dup_weight, (n0 + i) * p.rank);
     }
   }

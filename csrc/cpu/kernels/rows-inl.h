@@ -84,25 +84,18 @@ void store_row(const float* src, int64_t count, MutableArray dst, int64_t offset
 
 // src[at .. at + kLanes) in fp32, and back, rounded once.
 inline Vec load_vector(Array src, int64_t at) {
-  switch (src.dtype) {
-    case DType::kFloat32:
-      return load(static_cast<const float*>(src.data) + at);
-    case DType::kBFloat16:
-      return load_bf16(static_cast<const uint16_t*>(src.data) + at);
-    case DType::kFloat16:
-      return load_half(static_cast<const uint16_t*>(src.data) + at);
-  }
-  return zero();
+  Vec v = zero();
+  with_elements(src.dtype, [&](auto d) {
+    using D = decltype(d);
+    v = D::load_vec(static_cast<const typename D::Element*>(src.data) + at);
+  });
+  return v;
 }
 inline void store_vector(Vec v, MutableArray dst, int64_t at) {
-  switch (dst.dtype) {
-    case DType::kFloat32:
-      return store(static_cast<float*>(dst.data) + at, v);
-    case DType::kBFloat16:
-      return store_bf16(static_cast<uint16_t*>(dst.data) + at, v);
-    case DType::kFloat16:
-      return store_half(static_cast<uint16_t*>(dst.data) + at, v);
-  }
+  with_elements(dst.dtype, [&](auto d) {
+    using D = decltype(d);
+    D::store_vec(static_cast<typename D::Element*>(dst.data) + at, v);
+  });
 }
 
 // Pairs of bf16 as they are: dst[i] = src[offset + 2 i] | src[offset + 2 i + 1] << 16, a last odd one with 0.
