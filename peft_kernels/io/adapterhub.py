@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from peft_kernels.nn.bottleneck_adapter import BottleneckAdapter
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = (
     "adapter_config.json",
@@ -30,6 +31,17 @@ _KEY = re.compile(
 )
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _OPTIONS = ("ln_before", "ln_after", "use_gating", "is_parallel", "adapter_residual_before_ln")
+_DEFAULTS = {"scaling": 1.0, "dropout": 0.0}
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "non_linearity": (str,),
+    "scaling": (str, int, float),
+    "dropout": (int, float),
+}
+# What torch.load raises on files that are cut short or changed.
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError),
+    *(ValueError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,8 @@ def save_adapterhub(
 
     Args:
         checkpoint: the adapter. The options in its config must be those of its modules.
-        folder: where to; it is made if it is not there. Files of the same names are overwritten.
+        folder: where to; it is made if it is not there. Files of the same names are overwritten, and weights
+            in the other format removed.
         use_safetensors: write `adapter.safetensors` instead of `pytorch_adapter.bin`; to load that, pass
             `use_safetensors=True` to `load_adapter` as well.
 
@@ -111,8 +124,12 @@ def save_adapterhub(
     config["config"] = dict(config["config"])
     for location, module in checkpoint.modules.items():
         _require_options(location, module, config["config"])
-    state = {
-        f"{location}.adapters.{name}.{parameter}": tensor.detach().contiguous()
+    if type(config["config"].get("scaling")) is int:  # adapters wants a float
+        config["config"]["scaling"] = float(config["config"]["scaling"])
+    state = {  # clones: a view would take all of its memory along
+        f"{location}.adapters.{name}.{parameter}": tensor.detach().clone(
+            memory_format=torch.contiguous_format
+        )
         for location, module in checkpoint.modules.items()
         for parameter, tensor in module.state_dict().items()
     }
@@ -121,16 +138,17 @@ def save_adapterhub(
     if use_safetensors:
         from safetensors.torch import save_file
 
-        save_file({key: tensor.clone() for key, tensor in state.items()}, folder / SAFE_WEIGHTS_FILE)
+        save_file(state, folder / SAFE_WEIGHTS_FILE)
     else:
         torch.save(state, folder / WEIGHTS_FILE)
+    (folder / (WEIGHTS_FILE if use_safetensors else SAFE_WEIGHTS_FILE)).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{file} must be JSON, got {error}; download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict) or "name" not in config:
         raise ValueError(f"{file} must have entries 'name' and 'config'; save the adapter with its config")
@@ -140,7 +158,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     if "version" not in config:  # files of adapter-transformers before 2.0 have other names
         options = config["config"]
         name = options.get("non_linearity")
-        config["config"] = {**options, "non_linearity": _OLD_ACTIVATIONS.get(name, name)}
+        name = _OLD_ACTIVATIONS.get(name, name) if isinstance(name, str) else name
+        config["config"] = {**options, "non_linearity": name}
+    for option, kinds in _OPTION_TYPES.items():
+        value = config["config"].get(option, _DEFAULTS.get(option))
+        if not isinstance(value, kinds) or (isinstance(value, (int, float)) and not abs(value) < 1e30):
+            raise ValueError(f"{file} must have an {option} that adapters knows, got {value!r}")
     return config
 
 
@@ -159,31 +182,41 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     elif file.is_file():
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{file} must be a whole file of tensors that torch.save wrote, got: {error}; download it "
                 "again"
             ) from error
     else:
         raise FileNotFoundError(f"{folder} must have {SAFE_WEIGHTS_FILE} or {WEIGHTS_FILE}, got neither")
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"the weights in {folder} must be a dict of tensors; save the adapter again")
+    if not isinstance(state, dict) or not all(map(_is_entry, state, state.values())):
+        raise ValueError(
+            f"the weights in {folder} must be a dict of names and plain float tensors; save the adapter again"
+        )
     return state
+
+
+def _is_entry(key: object, tensor: object) -> bool:
+    plain = (
+        isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    )
+    return isinstance(key, str) and plain and tensor.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]
 
 
 def _make(location: str, options: Mapping[str, Any], state: dict[str, torch.Tensor]) -> BottleneckAdapter:
     """The module at one place. Its sizes are those of the weights, whatever the reduction factor."""
     up = state.get("adapter_up.weight")
-    if up is None or up.dim() != 2:
+    if up is None or up.dim() != 2 or up.numel() == 0 or up.numel() > 2**40:
         raise ValueError(
             f"the adapter at {location} must have a matrix adapter_up.weight, got {_shapes(state)}"
         )
     size, rank = up.shape
-    options = {**options, "reduction_factor": size / rank}
-    module = BottleneckAdapter.from_config(size, options, dtype=up.dtype, device="meta")
+    # Half a feature more, so that no rounding makes it one less.
+    options = {**options, "reduction_factor": size / (rank + 0.5)}
     try:
+        module = BottleneckAdapter.from_config(size, options, dtype=up.dtype, device="meta")
         module.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"the weights of the adapter at {location} must fit its config, got {_shapes(state)}: {error}; "
             "download the folder again"
@@ -205,7 +238,15 @@ def _require_options(location: str, module: BottleneckAdapter, options: Mapping[
         "adapter_residual_before_ln": module.adapter_residual_before_ln,
         "dropout": module.dropout.p,
     }
-    defaults = {"scaling": 1.0, "dropout": 0.0, **dict.fromkeys(_OPTIONS, False)}
+    defaults = {**_DEFAULTS, **dict.fromkeys(_OPTIONS, False)}
+    factors = options.get("reduction_factor", 16)
+    factors = list(factors.values()) if isinstance(factors, Mapping) else [factors]
+    size = module.adapter_up.out_features
+    if module.down_sample not in [max(1, int(size // factor)) for factor in factors]:
+        raise ValueError(
+            f"config reduction_factor must make a rank of {module.down_sample} from {size} features at {location}, "
+            f"got {options.get('reduction_factor')!r}"
+        )
     for option, value in has.items():
         wanted = options.get(option, defaults.get(option))
         if wanted != value:

@@ -229,3 +229,65 @@ def test_io_does_not_import_adapters() -> None:
 
     code = "import sys, peft_kernels; assert not {'adapters', 'peft', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("size", [96, 384, 768])
+def test_every_rank_is_found_again(size: int, tmp_path: Path) -> None:
+    for rank in (*range(1, size + 1, 7), size - 1, 2 * size):
+        module = pk.nn.BottleneckAdapter(size, reduction_factor=size / (rank + 0.5))
+        options = {**BOTTLENECK_PRESETS["pfeiffer"], "reduction_factor": size / (rank + 0.5)}
+        save_adapterhub(AdapterHubCheckpoint("a", {"layer": module}, {"config": options}), tmp_path)
+        assert load_adapterhub(tmp_path).modules["layer"].down_sample == rank
+
+
+def test_the_last_one_saved_is_loaded(folder: Path) -> None:
+    checkpoint = load_adapterhub(folder)
+    save_adapterhub(checkpoint, folder, use_safetensors=True)
+    for module in checkpoint.modules.values():
+        torch.nn.init.ones_(module.adapter_up.weight)
+    save_adapterhub(checkpoint, folder)
+    for module in load_adapterhub(folder).modules.values():
+        assert (module.adapter_up.weight == 1).all()
+
+
+def test_a_reduction_factor_of_another_rank_is_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_adapterhub(folder)
+    checkpoint.config["config"]["reduction_factor"] = 2
+    with pytest.raises(ValueError, match="config reduction_factor must make a rank of 8 from 32 features"):
+        save_adapterhub(checkpoint, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_whole_number_for_scaling_is_loaded_by_adapters(folder: Path) -> None:
+    checkpoint = load_adapterhub(folder)
+    checkpoint.config["config"]["scaling"] = 1
+    save_adapterhub(checkpoint, folder)
+    make_model(CONFIGS["houlsby"]).load_adapter(str(folder), load_as="again")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("non_linearity", ["x"]), ("scaling", [1]), ("scaling", 10**400), ("dropout", None)]
+)
+def test_options_of_other_kinds(folder: Path, option: str, value: Any) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["config"][option] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"must have an? {option}"):
+        load_adapterhub(folder)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(32, 0),
+        torch.zeros(32, 8).to(torch.int8),
+        torch.zeros(32, 8).to_sparse(),
+        torch.zeros(8, 8, 8),
+    ],
+    ids=["empty", "int8", "sparse", "3-dim"],
+)
+def test_weights_of_other_kinds(folder: Path, tensor: torch.Tensor) -> None:
+    rewrite(folder, lambda state: state.update({KEY + "adapter_up.weight": tensor}))
+    with pytest.raises(ValueError, match="must "):
+        load_adapterhub(folder)

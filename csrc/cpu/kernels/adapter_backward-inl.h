@@ -156,15 +156,22 @@ template <class P>
 void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_transposed, int64_t n0, int64_t columns,
                         const FeatureScratch& s, float* dscale) {
   const int64_t width = whole_panels(columns);
-  float total[kBlockDepth] = {}, scale[kBlockDepth], bias[kBlockDepth] = {};
+  float total[kBlockDepth] = {}, partial[kBlockDepth] = {}, scale[kBlockDepth], bias[kBlockDepth] = {};
+  const auto add_partial = [&] {  // sums by blocks of tokens, as the products have them
+    for (int64_t i = 0; i < columns; ++i) {
+      total[i] += partial[i];
+      partial[i] = 0.0f;
+    }
+  };
   const bool sums_needed = p.dup_weight || p.dscale;
   const auto load = [&](int64_t m, float* dst) {
     load_adapter_grad(p, m, n0, columns, dst);
     if (m + kRowsAhead < p.tokens) prefetch_row(p.grad, (m + kRowsAhead) * p.out_features + n0, columns);
+    if (m % kBlockDepth == 0) add_partial();
     const float gate = load_gate(p, m);
     for (int64_t i = 0; i < columns; ++i) {
       dst[i] *= gate;
-      total[i] += dst[i];
+      partial[i] += dst[i];
     }
   };
   if (sums_needed) {
@@ -172,6 +179,7 @@ void backward_up_weight(const BottleneckAdapterBackward& p, const float* f_trans
   } else {
     for (int64_t m = 0; m < p.tokens; ++m) load(m, s.panels);
   }
+  add_partial();
   load_adapter_scale(p, n0, columns, scale);
   if (p.up_bias) load_row(p.up_bias, n0, columns, bias);
   for (int64_t first = 0; first < columns && sums_needed; first += kLanes) {

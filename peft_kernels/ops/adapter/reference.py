@@ -43,8 +43,10 @@ def slope(activation: int, z: torch.Tensor) -> torch.Tensor:
     name = ACTIVATIONS[activation]
     if name == "identity":
         return torch.ones_like(z)
-    if name in ("relu", "leaky_relu"):
-        return torch.where(z > 0, 1.0, 0.0 if name == "relu" else LEAKY_SLOPE).to(z.dtype)
+    if name == "relu":
+        return torch.where(z <= 0, 0.0, 1.0).to(z.dtype)  # 1 for NaN
+    if name == "leaky_relu":
+        return torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype)
     if name == "tanh":
         return 1 - torch.tanh(z).square()
     if name == "silu":
