@@ -127,9 +127,7 @@ def save_adapterhub(
     if type(config["config"].get("scaling")) is int:  # adapters wants a float
         config["config"]["scaling"] = float(config["config"]["scaling"])
     state = {  # clones: a view would take all of its memory along
-        f"{location}.adapters.{name}.{parameter}": tensor.detach().clone(
-            memory_format=torch.contiguous_format
-        )
+        f"{location}.adapters.{name}.{parameter}": tensor.detach().contiguous().clone()
         for location, module in checkpoint.modules.items()
         for parameter, tensor in module.state_dict().items()
     }
@@ -197,10 +195,9 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_entry(key: object, tensor: object) -> bool:
-    plain = (
-        isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    )
-    return isinstance(key, str) and plain and tensor.dtype in FLOAT_DTYPES  # type: ignore[attr-defined]
+    if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+        return False
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOAT_DTYPES
 
 
 def _make(location: str, options: Mapping[str, Any], state: dict[str, torch.Tensor]) -> BottleneckAdapter:
@@ -244,8 +241,8 @@ def _require_options(location: str, module: BottleneckAdapter, options: Mapping[
     size = module.adapter_up.out_features
     if module.down_sample not in [max(1, int(size // factor)) for factor in factors]:
         raise ValueError(
-            f"config reduction_factor must make a rank of {module.down_sample} from {size} features at {location}, "
-            f"got {options.get('reduction_factor')!r}"
+            f"config reduction_factor must make a rank of {module.down_sample} from {size} features at "
+            f"{location}, got {options.get('reduction_factor')!r}"
         )
     for option, value in has.items():
         wanted = options.get(option, defaults.get(option))

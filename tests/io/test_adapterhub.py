@@ -155,7 +155,7 @@ KEY = "encoder.layer.0.output.adapters.sst."
             "got 'heads.sst.0.weight'; load other parts",
         ),
         (lambda s: s.clear(), "must have an adapter, got an empty file"),
-        (lambda s: s.update({"x": 3}), "must be a dict of tensors"),
+        (lambda s: s.update({"x": 3}), "must be a dict of names and plain float tensors"),
     ],
 )
 def test_weights_that_do_not_fit(folder: Path, change: Any, message: str) -> None:
