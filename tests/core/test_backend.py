@@ -113,10 +113,12 @@ def test_unknown_backend() -> None:
         pk.use_backend("gpu").__enter__()
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_backend_that_this_version_lacks(name: str) -> None:
-    with pytest.raises(RuntimeError, match=f"backend '{name}' is not part of this version; use 'cpu'"):
-        pk.use_backend(name).__enter__()
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda", "not part of this version"), ("triton", "needs a GPU: 0 active drivers")]
+)
+def test_backend_that_is_not_here(name: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message), pk.use_backend(name):
+        pass
 
 
 def test_cpu_backend_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

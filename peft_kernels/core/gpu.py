@@ -1,0 +1,63 @@
+"""The GPU that Triton kernels run on, as far as their plans depend on it."""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU, as Triton's driver describes it.
+
+    Attributes:
+        backend: "cuda" or "hip".
+        arch: compute capability, 90 for sm_90; on AMD its name, "gfx942".
+        multiprocessors: how many it has.
+        shared_memory: bytes that one CTA may have.
+    """
+
+    backend: str
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int
+
+
+def gpu() -> GPU:
+    """The current GPU.
+
+    Raises:
+        RuntimeError: there is none, or no Triton.
+    """
+    driver = _driver()
+    return _describe(driver, driver.get_current_device())
+
+
+def why_no_gpu() -> str | None:
+    """Why Triton kernels cannot run here, in words; None where they can."""
+    try:
+        _driver()
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the GPU of `tensor` the current one: kernels are launched there, on its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+@functools.lru_cache(maxsize=8)
+def _describe(driver: Any, device: int) -> GPU:
+    target, properties = driver.get_current_target(), driver.utils.get_device_properties(device)
+    return GPU(target.backend, target.arch, properties["multiprocessor_count"], properties["max_shared_mem"])

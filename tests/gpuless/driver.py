@@ -1,0 +1,192 @@
+"""An emulated GPU as Triton's active driver: `kernel[grid](…)` on CPU tensors, unchanged.
+
+Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
+This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the emulator.
+Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the compiler.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends import Backend, backends
+from triton.backends.compiler import GPUTarget, Language
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from gpuless.launch import launch
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GPU, as far as plans depend on it."""
+
+    name: str
+    multiprocessors: int
+    shared_memory: int  # bytes that one CTA may have
+
+
+MODELS = {
+    80: Model("A100", 108, 166912),
+    86: Model("A40", 84, 101376),
+    89: Model("L40S", 142, 101376),
+    90: Model("H100", 132, 232448),
+    100: Model("B200", 148, 232448),  # compiled only: its tensor instructions are not emulated
+    120: Model("RTX 5090", 170, 101376),
+}  # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
+
+
+@dataclass
+class Launch:
+    """One launch of a Triton kernel.
+
+    Attributes:
+        name: of the kernel.
+        arch: it was compiled for, 90 for sm_90.
+        grid: CTAs in x, y, z.
+        num_warps, num_stages: its options.
+        shared: bytes of dynamic shared memory.
+        ptx: the compiled kernel.
+        source: what was compiled, with Triton's specialisation: to compile it again for another target.
+        options: every compiler option.
+        result: what the emulator counted; None where nothing ran.
+    """
+
+    name: str
+    arch: int
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    shared: int
+    ptx: str = field(repr=False)
+    source: ASTSource = field(repr=False)
+    metadata: Any = field(repr=False)
+    result: Any = None
+
+
+@dataclass
+class EmulatedGPU:
+    """What `device()` yields: the device, and all that was launched on it."""
+
+    arch: int
+    execute: bool
+    strict: bool
+    launches: list[Launch] = field(default_factory=list)
+
+
+class _PtxCompiler(CUDABackend):
+    """Triton's compiler for NVIDIA GPUs, stopped before ptxas."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        self.binary_ext = "ptx"
+
+    def add_stages(self, stages: dict[str, Any], options: Any, language: Language) -> None:
+        super().add_stages(stages, options, language)
+        del stages["cubin"]
+
+    def hash(self) -> str:  # of the cache: a kernel without cubin must not be taken for one with
+        return f"gpuless-{super().hash()}"
+
+
+class _Utils:
+    def __init__(self, gpu: EmulatedGPU) -> None:
+        self._model = MODELS[gpu.arch]
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._model.shared_memory,
+            "multiprocessor_count": self._model.multiprocessors,
+            "warpSize": 32,
+        }
+
+    def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, str, int, int, int]:
+        return object(), ptx.decode(), 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+
+class _Launcher:
+    def __init__(self, source: ASTSource, metadata: Any) -> None:
+        self._source, self._metadata = source, metadata
+        self._is_argument = [kind != "constexpr" for kind in source.signature.values()]
+
+    def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
+        bound = rest[4:]  # after packed and launch metadata, enter and exit hook
+        gpu, metadata = triton.runtime.driver.active.gpu, self._metadata
+        record = Launch(
+            metadata.name, gpu.arch, (x, y, z), metadata.num_warps, metadata.num_stages, metadata.shared, ptx,
+            self._source, metadata,
+        )  # fmt: skip
+        gpu.launches.append(record)
+        if gpu.execute and x * y * z:
+            arguments = [value for value, is_one in zip(bound, self._is_argument, strict=True) if is_one]
+            record.result = launch(ptx, (x, y, z), arguments, shared=metadata.shared, strict=gpu.strict)
+
+
+class EmulatedDriver(DriverBase):
+    """Triton's view of the emulated GPU."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, gpu: EmulatedGPU) -> None:
+        super().__init__()
+        self.gpu, self.utils = gpu, _Utils(gpu)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never found by itself
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("no launcher is compiled for an emulated GPU")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.gpu.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.gpu.arch  # Triton caches compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., Sequence[float]]:
+        """For autotune: runs the call once, for its checks; all configurations are equally fast."""
+
+        def run_once(call: Callable[[], None], *, quantiles: Sequence[float], **_: Any) -> list[float]:
+            call()
+            return [0.0] * len(quantiles)
+
+        return run_once
+
+
+@contextlib.contextmanager
+def device(arch: int, *, execute: bool = True, strict: bool = True) -> Iterator[EmulatedGPU]:
+    """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.
+
+    Args:
+        arch: 80, 86, 89, 90 or 120; 100 with execute=False only.
+        execute: False compiles and records the launches without running them: tensors may then be large.
+        strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
+
+    Yields:
+        The device, with the list of its launches.
+    """
+    if arch not in MODELS:
+        raise ValueError(f"arch must be one of {', '.join(map(str, MODELS))}, got {arch}")
+    gpu, config = EmulatedGPU(arch, execute, strict), triton.runtime.driver
+    before, nvidia = config._active, backends["nvidia"]
+    backends["nvidia"] = Backend(_PtxCompiler, nvidia.driver)
+    config.set_active(EmulatedDriver(gpu))
+    try:
+        yield gpu
+    finally:
+        config._active = before
+        backends["nvidia"] = nvidia
