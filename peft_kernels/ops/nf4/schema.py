@@ -16,11 +16,13 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 define_op(
     "nf4_quantize",
     "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)",
+    triton="peft_kernels.ops.nf4.triton",
 )
 define_op(
     "nf4_dequantize",
     "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
     "int nested_blocksize, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
+    triton="peft_kernels.ops.nf4.triton",
 )
 
 
