@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.parser import Instruction, Program, type_bits
+from gpuless.parser import Instruction, Program, split_vector, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine
@@ -49,7 +49,9 @@ def access_bytes(ins: Instruction) -> int:
 def _granule(program: Program, space: str) -> int:
     sizes = [16]
     for ins in program.instructions:
-        if (ins.opcode in ("ld", "ldu", "st", "atom", "red") and space_of(ins) in (space, "generic")) or (ins.opcode == "cp" and ins.has("async") and len(ins.operands) > 2):
+        if ins.opcode in ("ld", "ldu", "st", "atom", "red") and space_of(ins) in (space, "generic"):
+            sizes.append(access_bytes(ins))
+        elif ins.opcode == "cp" and ins.has("async") and len(ins.operands) > 2:
             sizes.append(access_bytes(ins))
     return min(sizes)
 
@@ -67,13 +69,7 @@ def _rows(data: NDArray[np.uint8], item: int, size: int, cache: dict) -> NDArray
 
 
 def _check(
-    m: Machine,
-    ins: Instruction,
-    kind: str,
-    address: NDArray,
-    lanes: Lanes,
-    bad: NDArray[np.bool_],
-    message: str,
+    m: Machine, ins: Instruction, kind: str, address: NDArray, lanes: Lanes, bad: NDArray[np.bool_], message: str
 ) -> tuple[NDArray, Lanes]:
     """Report the bad lanes and go on with the others."""
     numbers = everyone(lanes, m.lanes)
@@ -134,9 +130,7 @@ class LocalMemory(_PerLaneMemory):
         """Poison."""
         self.data.fill(0xFF)
 
-    def load(
-        self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, item: int
-    ) -> tuple[NDArray, Lanes]:
+    def load(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, item: int) -> tuple[NDArray, Lanes]:
         """Values [accesses, items] and the lanes they are for."""
         index, lanes = self.locate(ins, address, lanes, size)
         return self.rows(item, size)[index // size], lanes
@@ -145,6 +139,13 @@ class LocalMemory(_PerLaneMemory):
         """Write values [accesses, items] of the lanes."""
         index, kept = self.locate(ins, address, lanes, size)
         self.rows(values.itemsize, size)[index // size] = keep(values, lanes, kept)
+
+
+def _put(memory: NDArray, at: NDArray, values: NDArray) -> NDArray[np.bool_] | None:
+    """memory[at] = values; which of them another one has overwritten with something else, None where nobody."""
+    memory[at] = values
+    lost = (memory[at] != values).any(1)
+    return lost if np.count_nonzero(lost) else None
 
 
 def keep(values: NDArray, lanes: Lanes, kept: Lanes) -> NDArray:
@@ -248,29 +249,17 @@ class SharedMemory(_PerLaneMemory):
         backwards = granule[::-1]
         self.first[backwards] = np.maximum(self.first[backwards], warp[::-1] ^ 31)
         if self.atomic is not None:
-            self._check_warp(
-                ins, granule, self.atomic[granule], code, lanes, "read of what an atomic updated,"
-            )
+            self._check_warp(ins, granule, self.atomic[granule], code, lanes, "read of what an atomic updated,")
 
     def write(self, ins: Instruction, granule: NDArray, code: NDArray, lanes: NDArray) -> None:
         """Check these writes against reads and writes of the same epoch, and remember them."""
         self._check_writer(ins, granule, self.writer[granule], code, lanes, "write")
         self._check_readers(ins, granule, code, lanes)
         if self.atomic is not None:
-            self._check_warp(
-                ins, granule, self.atomic[granule], code, lanes, "write of what an atomic updated,"
-            )
+            self._check_warp(ins, granule, self.atomic[granule], code, lanes, "write of what an atomic updated,")
         self.writer[granule] = code
         if self.unfenced is not None:
             self.unfenced[granule] = True
-        after = self.writer[granule]
-        other = (after ^ code) >> 6 != 0
-        if np.count_nonzero(other):
-            at = int(np.flatnonzero(other)[0])
-            self.m.report(
-                "shared race", ins, lanes[other],
-                f"write and write by {self._who(after[at])} of {self._where(granule[at])} by one instruction",
-            )  # fmt: skip
 
     def update(self, ins: Instruction, granule: NDArray, code: NDArray, lanes: NDArray) -> None:
         """Check these atomics against plain reads and writes of the same epoch, and remember them."""
@@ -285,9 +274,7 @@ class SharedMemory(_PerLaneMemory):
         bad = ((last - 1).view(np.uint32) < 31) | ((first - 1).view(np.uint32) < 31)
         if np.count_nonzero(bad):
             at = int(np.flatnonzero(bad)[0])
-            reader = (
-                int(self.last[granule[at]]) if 0 < last[at] < 32 else int(self.first[granule[at]]) ^ 31
-            ) & 31
+            reader = (int(self.last[granule[at]]) if 0 < last[at] < 32 else int(self.first[granule[at]]) ^ 31) & 31
             self.m.report(
                 "shared race", ins, lanes[bad],
                 f"write of {self._where(granule[at])}, which warp {reader} reads in the same barrier epoch",
@@ -346,9 +333,7 @@ class SharedMemory(_PerLaneMemory):
                     " see it only after a barrier",
                 )  # fmt: skip
 
-    def load(
-        self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, item: int
-    ) -> tuple[NDArray, Lanes]:
+    def load(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, item: int) -> tuple[NDArray, Lanes]:
         """Values [accesses, items] and the lanes they are for."""
         if self.m.counts:
             self.m.counts.shared_access(ins, address, lanes, size, self.m.lanes)
@@ -362,11 +347,19 @@ class SharedMemory(_PerLaneMemory):
             self.m.counts.shared_access(ins, address, lanes, size, self.m.lanes)
         index, kept = self.locate(ins, address, lanes, size)
         self.write(ins, *self.granules(index, kept, size))
-        self.rows(values.itemsize, size)[index // size] = keep(values, lanes, kept)
+        self.put(ins, index, kept, size, keep(values, lanes, kept))
 
-    def begin_copy(
-        self, ins: Instruction, address: NDArray, lanes: Lanes, size: int
-    ) -> tuple[NDArray, NDArray]:
+    def put(self, ins: Instruction, index: NDArray, lanes: Lanes, size: int, values: NDArray) -> None:
+        """Write, and report threads that lose to another one: copies of one value are harmless."""
+        lost = _put(self.rows(values.itemsize, size), index // size, values)
+        if lost is not None:
+            byte = int(index[lost][0]) % self.stride
+            self.m.report(
+                "shared race", ins, everyone(lanes, self.m.lanes)[lost],
+                f"two threads write different values to byte {byte} of shared memory{self.symbol(byte)} at once",
+            )  # fmt: skip
+
+    def begin_copy(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int) -> tuple[NDArray, NDArray]:
         """A cp.async will write here: (index into data, lanes)."""
         if self.m.counts:
             self.m.counts.shared_access(ins, address, lanes, size, self.m.lanes)
@@ -376,10 +369,10 @@ class SharedMemory(_PerLaneMemory):
         self.writer[granule] = -2 - self.m.thread[numbers]
         return index, everyone(kept, self.m.lanes)
 
-    def finish_copy(self, index: NDArray, lanes: NDArray, size: int, values: NDArray) -> None:
+    def finish_copy(self, ins: Instruction, index: NDArray, lanes: NDArray, size: int, values: NDArray) -> None:
         """The data of a cp.async arrives."""
         granule, code, numbers = self.granules(index, lanes, size)
-        self.rows(values.itemsize, size)[index // size] = values
+        self.put(ins, index, lanes, size, values)
         self.writer[granule] = code | 1
         if self.unfenced is not None:
             self.unfenced[granule] = True
@@ -412,9 +405,7 @@ class Segment:
     views: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.names = frozenset(a.name for a in self.arguments) | frozenset(
-            a.parameter for a in self.arguments
-        )
+        self.names = frozenset(a.name for a in self.arguments) | frozenset(a.parameter for a in self.arguments)
 
     @property
     def end(self) -> int:
@@ -492,9 +483,7 @@ class GlobalMemory:
             good = segment.valid[byte] & segment.valid[byte + (size - 1)]
             if np.count_nonzero(good) < len(good):
                 where = segment.name(int(byte[~good][0]))
-                byte, lanes = _check(
-                    m, ins, "global out of bounds", byte, lanes, ~good, f"{size} bytes at {where}"
-                )
+                byte, lanes = _check(m, ins, "global out of bounds", byte, lanes, ~good, f"{size} bytes at {where}")
         return [(segment, byte, lanes)]
 
     def _describe(self, address: int) -> str:
@@ -527,33 +516,24 @@ class GlobalMemory:
         return np.concatenate(values), np.concatenate([everyone(part, m.lanes) for *_, part in parts])
 
     def store(
-        self,
-        m: Machine,
-        ins: Instruction,
-        address: NDArray,
-        lanes: Lanes,
-        size: int,
-        values: NDArray,
-        strong: bool,
+        self, m: Machine, ins: Instruction, address: NDArray, lanes: Lanes, size: int, values: NDArray, strong: bool
     ) -> None:
         """Write values [accesses, items] of the lanes."""
         if m.counts:
             m.counts.global_access(ins, address, lanes, size, m.lanes)
         for segment, byte, part in self.split(m, ins, address, lanes, size):
             self.note_write(m, ins, segment, byte, part, size, strong)
-            _rows(segment.data, values.itemsize, size, segment.views)[byte // size] = keep(
-                values, lanes, part
-            )
+            rows = _rows(segment.data, values.itemsize, size, segment.views)
+            lost = _put(rows, byte // size, keep(values, lanes, part))
+            if lost is not None:
+                where = segment.name(int(byte[lost][0]))
+                m.report(
+                    "global race", ins, everyone(part, m.lanes)[lost],
+                    f"two threads write different values to {where} at once",
+                )  # fmt: skip
 
     def note_write(
-        self,
-        m: Machine,
-        ins: Instruction,
-        segment: Segment,
-        byte: NDArray,
-        lanes: Lanes,
-        size: int,
-        atomic: bool,
+        self, m: Machine, ins: Instruction, segment: Segment, byte: NDArray, lanes: Lanes, size: int, atomic: bool
     ) -> None:
         """Check these writes (or atomics) against other CTAs' accesses, and remember them."""
         granule, number, who = self._granules(m, byte, lanes, size)
@@ -572,9 +552,7 @@ class GlobalMemory:
         after = segment.writer[granule]
         self._report(m, ins, segment, granule, after, after != number, who, "write and write")
 
-    def _granules(
-        self, m: Machine, byte: NDArray, lanes: Lanes, size: int
-    ) -> tuple[NDArray, NDArray, NDArray]:
+    def _granules(self, m: Machine, byte: NDArray, lanes: Lanes, size: int) -> tuple[NDArray, NDArray, NDArray]:
         number, who, per = m.cta_number[lanes], everyone(lanes, m.lanes), size // self.granule
         if per <= 1:
             return byte // self.granule, number, who
@@ -608,9 +586,7 @@ class GlobalMemory:
         self, m: Machine, ins: Instruction, segment: Segment, granule: NDArray, number: NDArray, who: NDArray
     ) -> None:
         reader = segment.reader[granule]
-        self._report(
-            m, ins, segment, granule, reader, (reader != _NOBODY) & (reader != number), who, "write and read"
-        )
+        self._report(m, ins, segment, granule, reader, (reader != _NOBODY) & (reader != number), who, "write and read")
 
     def _report(
         self,
@@ -637,9 +613,7 @@ def reachable(program: Program) -> dict[int, frozenset[str]]:
 
     A flow-insensitive union over all instructions; a 64-bit value loaded from memory may be any pointer.
     """
-    everything = set(program.parameters) | {
-        s for s, v in program.symbols.items() if v.space in ("global", "const")
-    }
+    everything = set(program.parameters) | {s for s, v in program.symbols.items() if v.space in ("global", "const")}
     origin: dict[str, set[str]] = {name: {name} for name in (*everything, ANYWHERE)}
     moves: list[tuple[list[str], list[str]]] = []
     for ins in program.instructions:
@@ -672,16 +646,10 @@ def reachable(program: Program) -> dict[int, frozenset[str]]:
 def written(program: Program, reach: dict[int, frozenset[str]]) -> frozenset[str]:
     """Parameters and variables through which the program may write."""
     return frozenset().union(
-        *(
-            reach[ins.index]
-            for ins in program.instructions
-            if ins.opcode in ("st", "red", "atom") and ins.index in reach
-        )
+        *(reach[ins.index] for ins in program.instructions if ins.opcode in ("st", "red", "atom") and ins.index in reach)
     )
 
 
 def _names(operand: str) -> list[str]:
     words = operand.replace("{", " ").replace("}", " ").replace("[", " ").replace("]", " ")
-    return [
-        w for w in words.replace(",", " ").replace("+", " ").replace("|", " ").split() if not w[0].isdigit()
-    ]
+    return [w for w in words.replace(",", " ").replace("+", " ").replace("|", " ").split() if not w[0].isdigit()]
