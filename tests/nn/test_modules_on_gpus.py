@@ -1,4 +1,4 @@
-"""Modules as they run on a GPU: a training step of each on Triton's kernels, emulated, beside the reference."""
+"""Modules as on a GPU: a training step of each on Triton's kernels, emulated, beside the reference."""
 
 from collections.abc import Callable
 from typing import Any
