@@ -127,6 +127,10 @@ def _conversion(ins: Instruction, to: str, of: str) -> object:
         return float_to_float
     if of in _FLOATS:
         return _to_integer(to, of, integral or np.trunc, ftz)
+    if to == "f64":
+        if mode != "rn" and type_bits(of) == 64:
+            raise unsupported(ins)
+        return lambda a: a.astype(np.float64)
     if to in _FLOATS:
         return lambda a: narrow(finish(_integer_to_odd(a)), to, mode)
     dtype = dtype_of(to)
