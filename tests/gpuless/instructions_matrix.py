@@ -117,7 +117,7 @@ class Fragment:
 @instruction("mma")
 def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
     rows, columns, _ = matrix_shape(ins)
-    if (rows, columns) != (16, 8) or len(ins.types) != 4 or ins.has("sp", "block_scale", "xor", "and", "satfinite"):
+    if (rows, columns) != (16, 8) or len(ins.types) != 4 or ins.has("sp", "block_scale", "xor", "and"):
         raise unsupported(ins)
     to, kind_a, kind_b, accumulator = ins.types
     check = whole_warp(m, ins, "mma")
@@ -142,6 +142,7 @@ def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
             results.append(part.ravel() + before)
         for row, value in zip(outputs, results, strict=True):
             if to == "s32":
+                value = np.clip(value, -(2.0**31), 2.0**31 - 1) if ins.has("satfinite") else value
                 value = value.astype(np.int64).astype(np.int32)
             assign(m, row, value)
 

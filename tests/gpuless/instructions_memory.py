@@ -42,8 +42,8 @@ def _load(m: Machine, ins: Instruction) -> Closure:
     size = access_bytes(ins)
     if item > 8:
         raise unsupported(ins)
-    rows = [wide_target(m, ins, part, kind) for part in parts]
     signed = kind[0] == "s"
+    rows = [wide_target(m, ins, part, kind if signed else f"b{8 * item}") for part in parts]
     address = address_of(m, ins, ins.operands[1])
     load = _loader(m, ins, space, size, item)
 
