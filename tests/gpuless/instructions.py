@@ -44,9 +44,8 @@ def bind(m: Machine, ins: Instruction) -> tuple[Closure, bool]:
     else:
         remedy = "mbarrier, tcgen05, clusters and TMA are not emulated: compile without TMA and warp specialisation"
         raise unsupported(ins, remedy)
-    accumulators = m.accumulators
-    if accumulators:
-        closure = instructions_wgmma.watch_accumulators(m, ins, closure, accumulators)
+    if m.matrix_registers:
+        closure = instructions_wgmma.watch_registers(m, ins, closure, m.matrix_registers)
     control = ins.opcode in CONTROL
     if ins.guard is None:
         return closure, control

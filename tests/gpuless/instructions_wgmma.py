@@ -45,7 +45,7 @@ class _Flight:
 
     registers: frozenset[str]
     finish: Callable[[], None]
-    pinned: list[NDArray]  # granules of shared memory that it reads
+    pinned: list[tuple[NDArray, NDArray]]  # (granules of shared memory that it reads, first lane of their CTAs)
 
 
 class _SharedOperand:
@@ -77,8 +77,8 @@ class _SharedOperand:
             address = np.where(bad, m.shared.base, address)
         return address + m.shared.start[first].reshape(-1, *[1] * (address.ndim - 1))
 
-    def check(self, index: NDArray) -> NDArray:
-        """Report what was not written, or not synchronised, before; the granules of the operand."""
+    def check(self, index: NDArray) -> tuple[NDArray, NDArray]:
+        """Report what was not written, or not synchronised, before; the granules of the operand, pinned."""
         m, shared = self.m, self.m.shared
         per = 16 // shared.granule
         granule = np.unique((index.reshape(-1, 1) // 16 * per + np.arange(per)).ravel())
@@ -97,7 +97,7 @@ class _SharedOperand:
                 byte = int(granule[bad][0]) * shared.granule % shared.stride
                 m.report(kind, self.ins, lane[bad], f"wgmma reads byte {byte} of shared memory, which {what}")
         shared.pinned[granule] += 1
-        return granule
+        return granule, lane
 
     def values(self, index: NDArray) -> NDArray[np.float64]:
         """[groups, rows, k]."""
@@ -110,7 +110,7 @@ class _SharedOperand:
 def _warpgroup(m: Machine, ins: Instruction) -> Closure:
     flights = m.flights
     if ins.has("fence"):
-        return lambda: None
+        return m.loose_registers.clear
     if ins.has("commit_group"):
         return lambda: flights.commit(m.active.lanes)
     if ins.has("wait_group"):
@@ -121,8 +121,8 @@ def _warpgroup(m: Machine, ins: Instruction) -> Closure:
                 if chosen is not None:
                     raise unsupported(ins, "warpgroups that wait at different times")
                 flight.finish()
-                for granule in flight.pinned:
-                    m.shared.pinned[granule] -= 1
+                for granule, lane in flight.pinned:
+                    m.shared.finish_matrix_read(granule, lane)
 
         return wait
     if not ins.has("mma_async") or ins.has("sp"):
@@ -155,8 +155,15 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
         a = _SharedOperand(m, ins, ins.operands[1], rows, k, kind_a, transposed_a)
     scalar = {"f32": np.float32, "f16": np.float16, "s32": np.int32}[to]
 
+    touched = frozenset(names) | frozenset(split_vector(ins.operands[1]) if in_registers else ())
+
     def issue() -> None:
         check()
+        if m.loose_registers & touched:
+            m.report(
+                "wgmma", ins, np.flatnonzero(m.active.mask),
+                f"no wgmma.fence since {min(m.loose_registers & touched)} was written",
+            )  # fmt: skip
         mask = m.active.mask.copy()
         whole = mask.reshape(-1, GROUP)
         if (whole.any(1) & ~whole.all(1)).any():
@@ -194,15 +201,17 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
     return issue
 
 
-def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulators: frozenset[str]) -> Closure:
-    """The closure, with a report where it touches accumulators of a wgmma that nobody waited for."""
+def watch_registers(m: Machine, ins: Instruction, closure: Closure, registers: frozenset[str]) -> Closure:
+    """The closure, with a report where it touches a register of a wgmma that nobody waited for; notes what it writes."""
     if ins.opcode in ("wgmma", "ret", "bra", "bar", "exit"):
         return closure
-    touched = accumulators & {part for o in ins.operands for part in split_vector(o)}
+    touched = registers & {part for o in ins.operands for part in split_vector(o)}
+    written = registers & set(split_vector(ins.operands[0])) if touched else frozenset()
     if not touched:
         return closure
 
     def watched() -> int | None:
+        m.loose_registers |= written
         for work in m.flights.work:
             flight, mask = work.payload
             both = flight.registers & touched
@@ -211,7 +220,7 @@ def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulat
                 if len(lanes):
                     m.report(
                         "wgmma", ins, lanes,
-                        f"uses {min(both)}, an accumulator of the wgmma at PTX line {work.instruction.line}"
+                        f"uses {min(both)}, a register of the wgmma at PTX line {work.instruction.line}"
                         " that nobody waited for",
                     )  # fmt: skip
         return closure()
@@ -219,13 +228,13 @@ def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulat
     return watched
 
 
-def accumulators_of(program: Program) -> frozenset[str]:
-    """Registers that some wgmma writes."""
+def matrix_registers(program: Program) -> frozenset[str]:
+    """Registers that some wgmma reads or writes."""
     return frozenset(
         name
         for ins in program.instructions
         if ins.opcode == "wgmma" and ins.has("mma_async")
-        for name in split_vector(ins.operands[0])
+        for operand in ins.operands[:2]
+        for name in split_vector(operand)
+        if operand.startswith("{")
     )
-
-

@@ -101,9 +101,10 @@ class Machine:
         self.where: NDArray[np.bool_] | bool = True
 
         from gpuless.instructions import bind
-        from gpuless.instructions_wgmma import accumulators_of
+        from gpuless.instructions_wgmma import matrix_registers
 
-        self.accumulators = accumulators_of(program)
+        self.matrix_registers = matrix_registers(program)
+        self.loose_registers: set[str] = set()  # of those, written since the last wgmma.fence
         self.code: list[Callable[[], int | None]] = []
         self.is_control: list[bool] = []
         for ins in program.instructions:
@@ -183,6 +184,7 @@ class Machine:
         self.local.reset()
         self.copies.reset()
         self.flights.reset()
+        self.loose_registers.clear()
         self.groups: dict[int, NDArray[np.bool_]] = {0: self.live.copy()}
         branches = 0
         while True:

@@ -205,6 +205,14 @@ class SharedMemory(_PerLaneMemory):
         for granules, lanes in self.unsynced:
             self.writer[granules[mask[lanes]]] &= ~1
 
+    def finish_matrix_read(self, granule: NDArray, lane: NDArray) -> None:
+        """A wgmma that was waited for has read these; other warps know only after a barrier."""
+        self.pinned[granule] -= 1
+        epoch = self.code[lane] >> 11 << 5
+        last_warp = min(31, self.m.threads // 32 - 1)
+        self.last[granule] = np.maximum(self.last[granule], epoch | last_warp)
+        self.first[granule] = np.maximum(self.first[granule], epoch | 31)  # warp 0
+
     def fence_proxy(self, mask: NDArray[np.bool_]) -> None:
         """fence.proxy.async: wgmma may read what these lanes wrote, and what came before their CTA's last barrier."""
         if self.unfenced is None:
@@ -406,7 +414,7 @@ class Segment:
     views: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.names = frozenset(a.name for a in self.arguments) | frozenset(a.parameter for a in self.arguments)
+        self.parameters = frozenset(a.parameter for a in self.arguments)
 
     @property
     def end(self) -> int:
@@ -415,8 +423,12 @@ class Segment:
 
     def name(self, byte: int) -> str:
         """``x_ptr+12`` for messages: the nearest argument."""
-        best = min(self.arguments, key=lambda a: max(a.start - byte, byte - a.start - a.bytes + 1, 0))
-        return f"{best.name}{byte - best.start:+d} (its {best.bytes} bytes are 0 … {best.bytes - 1})"
+        return _nearest([(a, a.start) for a in self.arguments], byte)
+
+
+def _nearest(arguments: list[tuple[Argument, int]], byte: int) -> str:
+    best, start = min(arguments, key=lambda a: max(a[1] - byte, byte - a[1] - a[0].bytes + 1, 0))
+    return f"{best.name}{byte - start:+d} (its {best.bytes} bytes are 0 … {best.bytes - 1})"
 
 
 class GlobalMemory:
@@ -449,7 +461,7 @@ class GlobalMemory:
             return []
         if int(np.bitwise_or.reduce(address)) & (size - 1):
             bad = address & (size - 1) != 0
-            where = self._describe(int(address[bad][0]))
+            where = self._describe(ins, int(address[bad][0]))
             address, lanes = _check(m, ins, "misaligned", address, lanes, bad, f"{size} bytes at {where}")
             if len(address) == 0:
                 return []
@@ -467,17 +479,16 @@ class GlobalMemory:
             bad &= ~inside
             parts += self._inside(m, ins, segment, address[inside] - segment.base, numbers[inside], size)
         if np.count_nonzero(bad):
-            where = self._describe(int(address[bad][0]))
+            where = self._describe(ins, int(address[bad][0]))
             m.report("global out of bounds", ins, numbers[bad], f"{size} bytes at {where}")
         return parts
 
     def _inside(
         self, m: Machine, ins: Instruction, segment: Segment, byte: NDArray, lanes: Lanes, size: int
     ) -> list[tuple[Segment, NDArray, Lanes]]:
-        if not segment.names & self.reach[ins.index] and len(byte):
-            where = segment.name(int(byte[0]))
-            own = ", ".join(sorted(self.reach[ins.index]))
-            message = f"{size} bytes at {where}, by an address computed from {own}"
+        if not segment.parameters & self.reach[ins.index] and len(byte):
+            message = f"{size} bytes at {self._describe(ins, segment.base + int(byte[0]))}, in memory of"
+            message = f"{message} {segment.name(int(byte[0])).split(' ')[0]}"
             m.report("global out of bounds", ins, everyone(lanes, m.lanes), message)
             return []
         if segment.valid is not None and len(byte):
@@ -487,13 +498,12 @@ class GlobalMemory:
                 byte, lanes = _check(m, ins, "global out of bounds", byte, lanes, ~good, f"{size} bytes at {where}")
         return [(segment, byte, lanes)]
 
-    def _describe(self, address: int) -> str:
-        if not self.segments:
-            return f"address {address:#x}: the kernel got no memory"
-        at = bisect.bisect_right(self.bases, address) - 1
-        near = [self.segments[i] for i in (at, at + 1) if 0 <= i < len(self.segments)]
-        best = min(near, key=lambda s: max(s.base - address, address - s.end))
-        return best.name(address - best.base)
+    def _describe(self, ins: Instruction, address: int) -> str:
+        """The address, from the nearest argument that it can have been computed from."""
+        reach = self.reach[ins.index]
+        arguments = [(a, s.base + a.start) for s in self.segments for a in s.arguments]
+        own = [(a, start) for a, start in arguments if a.parameter in reach] or arguments
+        return _nearest(own, address) if own else f"address {address:#x}: the kernel got no memory"
 
     def load(
         self, m: Machine, ins: Instruction, address: NDArray, lanes: Lanes, size: int, item: int, strong: bool
