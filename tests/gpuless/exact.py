@@ -96,4 +96,6 @@ def random_bits(kind: str, seed: int, count: int = COUNT, spread: int = 0) -> ND
 def same(got: NDArray, expected: NDArray[np.float64], kind: str) -> None:
     got = values(got, kind)
     wrong = np.flatnonzero(~((got == expected) | (np.isnan(got) & np.isnan(expected))))
-    assert len(wrong) == 0, f"{len(wrong)} differ, e.g. got {got[wrong[0]].hex()}, want {expected[wrong[0]].hex()}"
+    assert len(wrong) == 0, (
+        f"{len(wrong)} differ, e.g. got {got[wrong[0]].hex()}, want {expected[wrong[0]].hex()}"
+    )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpuless import (
+    instructions_bits,
+    instructions_compare,
     instructions_control,
     instructions_conversion,
     instructions_float,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # Their import fills the table of instructions.
 _GROUPS = (
+    instructions_bits,
+    instructions_compare,
     instructions_control, instructions_conversion, instructions_matrix, instructions_memory, instructions_warp,
     instructions_wgmma,
 )  # fmt: skip

@@ -65,7 +65,9 @@ def _count(ins: Instruction) -> int:
     return int(ins.operands[0]) if ins.has("wait_group") else 0
 
 
-def _search(program: Program, start: int, forward: bool, stop: Callable[[Instruction], bool]) -> tuple[list[Instruction], bool]:
+def _search(
+    program: Program, start: int, forward: bool, stop: Callable[[Instruction], bool]
+) -> tuple[list[Instruction], bool]:
     """Instructions that paths from `start` meet up to and with the first that stops them; and whether one gets to the end."""
     code = program.instructions
     following: dict[int, list[int]] = {i: [] for i in range(len(code))}
@@ -76,7 +78,10 @@ def _search(program: Program, start: int, forward: bool, stop: Callable[[Instruc
         if ins.opcode not in ("ret", "exit") and (ins.opcode != "bra" or ins.guard):
             following[ins.index].append(ins.index + 1)
     if forward:
-        steps, ends = following, {ins.index for ins in code if ins.opcode in ("ret", "exit") and not ins.guard}
+        steps, ends = (
+            following,
+            {ins.index for ins in code if ins.opcode in ("ret", "exit") and not ins.guard},
+        )
     else:
         steps = {i: [] for i in following}
         for i, successors in following.items():
@@ -118,7 +123,11 @@ def _wait_is_repeated(program: Program, index: int) -> str:
 
 def _uses_shared(ins: Instruction) -> bool:
     memory = ins.opcode in ("ld", "st", "atom", "red", "ldmatrix", "stmatrix") and space_of(ins) != "global"
-    return (memory and space_of(ins) != "param") or ins.opcode in ("bar", "wgmma") or (ins.opcode == "cp" and not _is_wait(ins))
+    return (
+        (memory and space_of(ins) != "param")
+        or ins.opcode in ("bar", "wgmma")
+        or (ins.opcode == "cp" and not _is_wait(ins))
+    )
 
 
 def _barrier_orders_nothing(program: Program, index: int) -> str:

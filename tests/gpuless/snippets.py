@@ -19,7 +19,9 @@ _REGISTERS = """
 _PREFIX = {1: "%r", 2: "%rs", 4: "%r", 8: "%rd"}
 
 
-def module(body: str, parameters: int, *, threads: int = THREADS, declarations: str = "", target: str = "sm_90a") -> str:
+def module(
+    body: str, parameters: int, *, threads: int = THREADS, declarations: str = "", target: str = "sm_90a"
+) -> str:
     """An entry with pointers p0, p1, … in %rd50, %rd51, …, the thread in %r90, the CTA in %r91, 4·thread in %rd40."""
     names = ", ".join(f".param .u64 p{i}" for i in range(parameters))
     loads = "\n".join(f"  ld.param.u64 %rd{50 + i}, [p{i}];" for i in range(parameters))

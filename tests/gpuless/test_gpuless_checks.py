@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+
 from gpuless import Report, Unsupported
-from gpuless.snippets import module, run
 from gpuless.launch import launch
+from gpuless.snippets import module, run
 
 OUT = "add.u64 %rd1, %rd50, %rd40;"
 SHARED = "mov.u32 %r1, room; shl.b32 %r2, %r90, 2; add.u32 %r3, %r1, %r2;"
@@ -13,7 +14,9 @@ ROOM = ".shared .align 16 .b8 room[512];"
 
 
 def buffer(count: int = 128) -> np.ndarray:
-    return torch.zeros(count, dtype=torch.uint32).numpy()  # torch aligns to 64 bytes, so that sectors can be counted
+    return torch.zeros(
+        count, dtype=torch.uint32
+    ).numpy()  # torch aligns to 64 bytes, so that sectors can be counted
 
 
 def finding(body: str, arguments: list | None = None, **options: object) -> object:
@@ -31,7 +34,9 @@ def test_out_of_bounds_names_thread_argument_and_byte() -> None:
     run(f"{OUT} st.global.u32 [%rd1], %r90;", [buffer()])
 
 
-@pytest.mark.parametrize("access", ["ld.global.u32 %r1, [%rd1-4];", "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1+0];"])
+@pytest.mark.parametrize(
+    "access", ["ld.global.u32 %r1, [%rd1-4];", "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1+0];"]
+)
 def test_loads_out_of_bounds(access: str) -> None:
     body = "mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2;" if "v4" in access else OUT
     assert finding(body + access.replace("-4", "+-4")).kind == "global out of bounds"
@@ -48,7 +53,10 @@ def test_a_pointer_must_stay_in_its_own_argument() -> None:
 
 def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
     whole = np.zeros((128, 4), np.uint32)
-    found = finding("mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2; st.global.u32 [%rd1+4], %r90;", [whole[:, :1]])
+    found = finding(
+        "mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2; st.global.u32 [%rd1+4], %r90;",
+        [whole[:, :1]],
+    )
     assert found.kind == "global out of bounds"
     run("mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2; st.global.u32 [%rd1], %r90;", [whole[:, :1]])
     assert np.array_equal(whole[:, 0], np.arange(128))
@@ -57,7 +65,9 @@ def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
 def test_misaligned() -> None:
     found = finding("st.global.v2.u32 [%rd50+4], {%r90, %r90};")
     assert found.kind == "misaligned"
-    assert finding(f"{SHARED} st.shared.v2.u32 [%r1+4], {{%r90, %r90}};", declarations=ROOM).kind == "misaligned"
+    assert (
+        finding(f"{SHARED} st.shared.v2.u32 [%r1+4], {{%r90, %r90}};", declarations=ROOM).kind == "misaligned"
+    )
 
 
 def test_shared_out_of_bounds() -> None:
@@ -68,7 +78,9 @@ def test_shared_out_of_bounds() -> None:
 
 def test_null_pointers() -> None:
     assert finding("mov.u64 %rd1, 0; ld.global.u32 %r1, [%rd1];").kind == "global out of bounds"
-    assert finding("mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];", declarations=ROOM).kind == "shared out of bounds"
+    assert (
+        finding("mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];", declarations=ROOM).kind == "shared out of bounds"
+    )
 
 
 READ_NEIGHBOUR = "xor.b32 %r4, %r2, 128; add.u32 %r5, %r1, %r4; ld.shared.u32 %r6, [%r5];"
@@ -79,14 +91,24 @@ def test_shared_race_read_after_write() -> None:
     assert found.kind == "shared race"
     assert "read and write of byte 128 of shared memory (room+128), by warp 1" in found.message
     out = buffer()
-    run(f"{SHARED} st.shared.u32 [%r3], %r90; bar.sync 0; {READ_NEIGHBOUR} {OUT} st.global.u32 [%rd1], %r6;", [out], declarations=ROOM)
+    run(
+        f"{SHARED} st.shared.u32 [%r3], %r90; bar.sync 0; {READ_NEIGHBOUR} {OUT} st.global.u32 [%rd1], %r6;",
+        [out],
+        declarations=ROOM,
+    )
     assert np.array_equal(out, np.arange(128) ^ 32)
 
 
 def test_shared_race_write_after_read() -> None:
-    body = f"{SHARED} st.shared.u32 [%r3], %r90; bar.sync 0; {READ_NEIGHBOUR} BARRIER st.shared.u32 [%r3], %r6;"
+    body = (
+        f"{SHARED} st.shared.u32 [%r3], %r90; bar.sync 0; {READ_NEIGHBOUR} BARRIER st.shared.u32 [%r3], %r6;"
+    )
     found = finding(body.replace("BARRIER", ""), declarations=ROOM)
-    assert (found.kind, "write of byte 0" in found.message, "warp 1 reads" in found.message) == ("shared race", True, True)
+    assert (found.kind, "write of byte 0" in found.message, "warp 1 reads" in found.message) == (
+        "shared race",
+        True,
+        True,
+    )
     run(body.replace("BARRIER", "bar.sync 0;"), [buffer()], declarations=ROOM)
 
 
@@ -127,7 +149,10 @@ def test_async_copy_of_others_needs_a_barrier_after_the_wait() -> None:
     found = finding(f"{COPY} cp.async.wait_all; {lane}", [source], declarations=ROOM)
     assert (found.kind, "others see it only after a barrier" in found.message) == ("cp.async", True)
     run(f"{COPY} cp.async.wait_all; bar.warp.sync 0xffffffff; {lane}", [source], declarations=ROOM)
-    assert finding(f"{COPY} bar.sync 0; cp.async.wait_all; {lane}", [source], declarations=ROOM).kind == "cp.async"
+    assert (
+        finding(f"{COPY} bar.sync 0; cp.async.wait_all; {lane}", [source], declarations=ROOM).kind
+        == "cp.async"
+    )
 
 
 def test_async_copy_groups_and_zero_fill() -> None:
@@ -178,7 +203,9 @@ def test_atomics_are_no_race_among_themselves() -> None:
 def test_barrier_deadlock() -> None:
     found = finding("setp.lt.u32 %p1, %r90, 32; @%p1 bar.sync 0; @!%p1 bar.sync 1;")
     assert (found.kind, "wait for ever" in found.message) == ("barrier deadlock", True)
-    found = finding("setp.lt.u32 %p1, %r90, 32; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B: mov.u32 %r1, 0;")
+    found = finding(
+        "setp.lt.u32 %p1, %r90, 32; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B: mov.u32 %r1, 0;"
+    )
     assert (found.kind, "meet at two barriers" in found.message) == ("barrier", True)
     run("setp.lt.u32 %p1, %r90, 32; @%p1 ret; bar.sync 0;", [buffer()])  # ended threads are not waited for
 
@@ -205,7 +232,10 @@ def test_trap_and_local_memory() -> None:
     assert finding("setp.eq.u32 %p1, %r90, 5; @%p1 trap;").thread == 5
     depot = ".local .align 8 .b8 depot[16]; mov.u64 %rd1, depot; cvta.local.u64 %rd2, %rd1;"
     out = buffer()
-    run(f"{depot} st.local.u32 [%rd1+4], %r90; ld.u32 %r1, [%rd2+4]; add.u64 %rd3, %rd50, %rd40; st.u32 [%rd3], %r1;", [out])
+    run(
+        f"{depot} st.local.u32 [%rd1+4], %r90; ld.u32 %r1, [%rd2+4]; add.u64 %rd3, %rd50, %rd40; st.u32 [%rd3], %r1;",
+        [out],
+    )
     assert np.array_equal(out, np.arange(128))
     assert finding(f"{depot} st.local.u32 [%rd1+16], %r90;").kind == "local out of bounds"
 
@@ -232,7 +262,9 @@ DONE: bar.warp.sync 0xffffffff; {OUT} st.global.u32 [%rd1], %r2;
 
 
 def test_what_is_not_emulated_is_refused_by_name() -> None:
-    with pytest.raises(Unsupported, match=r"mbarrier.init.* is not emulated: mbarrier, tcgen05, clusters and TMA"):
+    with pytest.raises(
+        Unsupported, match=r"mbarrier.init.* is not emulated: mbarrier, tcgen05, clusters and TMA"
+    ):
         run("mbarrier.init.shared::cta.b64 [%r1], 1;", [buffer()])
     with pytest.raises(Unsupported, match="TMA is not emulated: load with pointers"):
         run("cp.async.bulk.commit_group;", [buffer()])

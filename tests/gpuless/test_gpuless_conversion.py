@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from gpuless import exact
 from gpuless.exact import BITS, COUNT, random_bits, same, values
 from gpuless.snippets import evaluate
-
 
 
 def near_ties(kind: str) -> np.ndarray:
@@ -40,7 +40,13 @@ def test_pairs_have_the_first_operand_on_top(kind: str, mode: str) -> None:
 
 def test_nan_and_infinity_to_half() -> None:
     a = np.array([0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32)
-    assert list(evaluate("cvt.rn.bf16.f32 {d}, {a};", [a], np.uint16)) == [0x7F80, 0xFF80, 0x7FFF, 0x7FFF, 0x7FFF]
+    assert list(evaluate("cvt.rn.bf16.f32 {d}, {a};", [a], np.uint16)) == [
+        0x7F80,
+        0xFF80,
+        0x7FFF,
+        0x7FFF,
+        0x7FFF,
+    ]
     half = evaluate("cvt.rn.f16.f32 {d}, {a};", [a], np.uint16).view(np.float16)
     assert half[0] == np.inf
     assert half[1] == -np.inf
@@ -111,7 +117,9 @@ def test_integer_to_float_rounds_once(to: str, of: str) -> None:
     same(got, np.array([exact.FORMATS[to].round(Fraction(n)) for n in numbers]), to)
 
 
-@pytest.mark.parametrize(("to", "of"), [("s32", "s8"), ("u32", "u8"), ("s64", "s32"), ("u64", "u32"), ("u16", "u32")])
+@pytest.mark.parametrize(
+    ("to", "of"), [("s32", "s8"), ("u32", "u8"), ("s64", "s32"), ("u64", "u32"), ("u16", "u32")]
+)
 def test_integer_width(to: str, of: str) -> None:
     rng = np.random.default_rng(0)
     bits, wide = int(of[1:]), int(to[1:])

@@ -5,10 +5,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from gpuless import exact
 from gpuless.exact import BITS, COUNT, random_bits, same, values
 from gpuless.snippets import evaluate
-from numpy.typing import NDArray
 
 OPERATIONS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
@@ -39,7 +40,9 @@ def near_ties(kind: str, seed: int) -> tuple[NDArray, NDArray, NDArray]:
     precision = exact.FORMATS[kind].precision
     one = 1.0 + rng.integers(0, 1 << (precision - 1), COUNT) * 2.0 ** (1 - precision)
     half = np.full(COUNT, 2.0**-precision)
-    tiny = rng.choice([-1.0, 0.0, 1.0], COUNT) * 2.0 ** (-3 * precision - 20 if kind == "f32" else -2 * precision)
+    tiny = rng.choice([-1.0, 0.0, 1.0], COUNT) * 2.0 ** (
+        -3 * precision - 20 if kind == "f32" else -2 * precision
+    )
     # c = one; a·b = half·(1 + e)(1 - e) = half·(1 - e²), or half + tiny by a b that is not a power of two.
     e = 2.0 ** (1 - precision)
     a, b = half * (1 + e * (tiny > 0)), np.where(tiny == 0, 1.0, np.where(tiny > 0, 1 - e / 2, 1 - e / 2))
@@ -57,7 +60,9 @@ def test_fma_rounds_once(kind: str, operands: str) -> None:
     else:
         a, b, c = (random_bits(kind, seed, spread=0 if operands == "any" else 3) for seed in (1, 2, 3))
     got = evaluate(f"fma.rn.{kind} {{d}}, {{a}}, {{b}}, {{c}};", [a, b, c], a.dtype)
-    expected = exact.apply(lambda x, y, z: x * y + z, exact.FORMATS[kind], *(values(x, kind) for x in (a, b, c)))
+    expected = exact.apply(
+        lambda x, y, z: x * y + z, exact.FORMATS[kind], *(values(x, kind) for x in (a, b, c))
+    )
     same(got, expected, kind)
 
 
@@ -70,8 +75,12 @@ def test_fma_of_float32_is_not_rounded_in_float64_first() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):  # products just above and below half a unit of c
         x = np.float32(1 + rng.integers(0, 1 << 23) * 2.0**-23)
-        y = np.nextafter(np.float32(2.0**-24 / np.float64(x)), np.float32(rng.choice([0, 1])), dtype=np.float32)
-        cases.append((np.array([x]), np.array([y]), np.array([np.float32(1 + rng.integers(0, 8) * 2.0**-23)])))
+        y = np.nextafter(
+            np.float32(2.0**-24 / np.float64(x)), np.float32(rng.choice([0, 1])), dtype=np.float32
+        )
+        cases.append(
+            (np.array([x]), np.array([y]), np.array([np.float32(1 + rng.integers(0, 8) * 2.0**-23)]))
+        )
     a, b, c = (np.concatenate(part).astype(np.float32) for part in zip(*cases, strict=True))
     # And exact ties broken by a product 2^-60 times as large, which only the fused result sees.
     a = np.concatenate([a, np.float32([1 + 2.0**-23, 1 - 2.0**-24])])
@@ -91,11 +100,19 @@ def test_fma_of_float64() -> None:
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_packed(kind: str) -> None:
     a, b, c = (random_bits(kind, seed, 2 * COUNT, spread=6) for seed in (1, 2, 3))
-    got = evaluate(f"fma.rn.{kind}x2 {{d}}, {{a}}, {{b}}, {{c}};", [x.view(np.uint32) for x in (a, b, c)], np.uint32)
-    expected = exact.apply(lambda x, y, z: x * y + z, exact.FORMATS[kind], *(values(x, kind) for x in (a, b, c)))
+    got = evaluate(
+        f"fma.rn.{kind}x2 {{d}}, {{a}}, {{b}}, {{c}};", [x.view(np.uint32) for x in (a, b, c)], np.uint32
+    )
+    expected = exact.apply(
+        lambda x, y, z: x * y + z, exact.FORMATS[kind], *(values(x, kind) for x in (a, b, c))
+    )
     same(got.view(np.uint16), expected, kind)
     got = evaluate(f"mul.{kind}x2 {{d}}, {{a}}, {{b}};", [a.view(np.uint32), b.view(np.uint32)], np.uint32)
-    same(got.view(np.uint16), exact.apply(operator.mul, exact.FORMATS[kind], values(a, kind), values(b, kind)), kind)
+    same(
+        got.view(np.uint16),
+        exact.apply(operator.mul, exact.FORMATS[kind], values(a, kind), values(b, kind)),
+        kind,
+    )
 
 
 def test_packed_float32() -> None:
@@ -121,7 +138,9 @@ def test_division_and_roots_of_float32() -> None:
     positive = a & np.uint32(0x7FFFFFFF)
     got = values(evaluate("sqrt.rn.f32 {d}, {a};", [positive], np.uint32), "f32")
     x = values(positive, "f32")
-    below, above = (np.nextafter(got.astype(np.float32), np.float32(to)).astype(np.float64) for to in (0, np.inf))
+    below, above = (
+        np.nextafter(got.astype(np.float32), np.float32(to)).astype(np.float64) for to in (0, np.inf)
+    )
     for low, root, high, square in zip(below.tolist(), got.tolist(), above.tolist(), x.tolist(), strict=True):
         assert ((Fraction(low) + Fraction(root)) / 2) ** 2 <= Fraction(square)
         assert Fraction(square) <= ((Fraction(root) + Fraction(high)) / 2) ** 2
@@ -160,13 +179,23 @@ def test_flush_to_zero() -> None:
     a = np.array([tiny, small, 0x00800000, 0x3F800000], np.uint32)
     b = np.array([0x3F800000, 0x3F800000, 0x3F000000, 0x3F800000], np.uint32)
     assert list(evaluate("mul.ftz.f32 {d}, {a}, {b};", [a, b], np.uint32)) == [0, 0x80000000, 0, 0x3F800000]
-    assert list(evaluate("mul.f32 {d}, {a}, {b};", [a, b], np.uint32)) == [tiny, small, 0x00400000, 0x3F800000]
+    assert list(evaluate("mul.f32 {d}, {a}, {b};", [a, b], np.uint32)) == [
+        tiny,
+        small,
+        0x00400000,
+        0x3F800000,
+    ]
 
 
 def test_saturate_and_relu() -> None:
     a = np.array([-2.0, 0.25, 3.0, np.nan], np.float32).view(np.uint32)
     one = np.ones(4, np.float32).view(np.uint32)
-    assert list(evaluate("mul.sat.f32 {d}, {a}, {b};", [a, one], np.uint32).view(np.float32)) == [0, 0.25, 1, 0]
+    assert list(evaluate("mul.sat.f32 {d}, {a}, {b};", [a, one], np.uint32).view(np.float32)) == [
+        0,
+        0.25,
+        1,
+        0,
+    ]
     x = np.array([0xC000, 0x3F80, 0x8000, 0x7FFF], np.uint16)  # -2, 1, -0, NaN
     unit = np.full(4, 0x3F80, np.uint16)
     zero = np.zeros(4, np.uint16)
@@ -183,7 +212,14 @@ def test_signs() -> None:
     assert np.array_equal(got, (y & 0x7FFFFFFF) | (x & 0x80000000))
 
 
-COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 
 
 @pytest.mark.parametrize("name", [*COMPARISONS, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from gpuless.snippets import evaluate
 from numpy.typing import NDArray
+
+from gpuless.snippets import evaluate
 
 COUNT = 512
 
@@ -23,7 +24,11 @@ def operands(bits: int, how_many: int) -> list[NDArray]:
 
 
 def check(
-    statement: str, reference: Callable[..., int], kinds: list[str], result: str, inputs: list[NDArray] | None = None
+    statement: str,
+    reference: Callable[..., int],
+    kinds: list[str],
+    result: str,
+    inputs: list[NDArray] | None = None,
 ) -> None:
     """The statement gives reference(operands as Python integers of their type) modulo 2^bits."""
     bits = int(kinds[0][1:])
@@ -97,8 +102,8 @@ def test_shifts(bits: int) -> None:
     left = evaluate(f"shl.b{bits} {{d}}, {{a}}, {{b}};", [a, by], a.dtype)
     logical = evaluate(f"shr.u{bits} {{d}}, {{a}}, {{b}};", [a, by], a.dtype)
     arithmetic = evaluate(f"shr.s{bits} {{d}}, {{a}}, {{b}};", [a, by], a.dtype)
-    for x, n, l, u, s in zip(*(v.tolist() for v in (a, by, left, logical, arithmetic)), strict=True):
-        assert l == (x << n) % 2**bits
+    for x, n, up, u, s in zip(*(v.tolist() for v in (a, by, left, logical, arithmetic)), strict=True):
+        assert up == (x << n) % 2**bits
         assert u == x >> n
         assert s == (signed(x, f"s{bits}") >> n) % 2**bits
 
@@ -146,12 +151,16 @@ def test_bit_field_insert(bits: int) -> None:
         assert r == expected
 
 
-@pytest.mark.parametrize("table", [0x80, 0x96, 0xE8, 0xCA, 0x1D, 0x6A, 0xF8, 0x00, 0xFF, 0x2B, 0xD8, 0x78, 0xEA, 0xFE])
+@pytest.mark.parametrize(
+    "table", [0x80, 0x96, 0xE8, 0xCA, 0x1D, 0x6A, 0xF8, 0x00, 0xFF, 0x2B, 0xD8, 0x78, 0xEA, 0xFE]
+)
 def test_three_input_logic(table: int) -> None:
     a, b, c = operands(32, 3)
     got = evaluate(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {table};", [a, b, c], np.uint32)
     for r, x, y, z in zip(*(v.tolist() for v in (got, a, b, c)), strict=True):
-        assert r == sum((table >> ((x >> i & 1) << 2 | (y >> i & 1) << 1 | z >> i & 1) & 1) << i for i in range(32))
+        assert r == sum(
+            (table >> ((x >> i & 1) << 2 | (y >> i & 1) << 1 | z >> i & 1) & 1) << i for i in range(32)
+        )
 
 
 PERMUTED = {  # bytes 3 … 0 of the result, for the selector's low two bits (PTX ISA, prmt)
@@ -168,7 +177,9 @@ def test_permute(mode: str) -> None:
     got = evaluate(statement, [a, b, c], np.uint32)
     for r, x, y, z in zip(*(v.tolist() for v in (got, a, b, c)), strict=True):
         both = y << 32 | x
-        choices = [int(i) for i in reversed(PERMUTED[mode][z & 3])] if mode else [z >> 4 * i & 15 for i in range(4)]
+        choices = (
+            [int(i) for i in reversed(PERMUTED[mode][z & 3])] if mode else [z >> 4 * i & 15 for i in range(4)]
+        )
         octets = [both >> 8 * (i & 7) & 0xFF for i in choices]
         octets = [(0xFF if o & 0x80 else 0) if i & 8 else o for o, i in zip(octets, choices, strict=True)]
         assert r == sum(o << 8 * i for i, o in enumerate(octets))
@@ -183,9 +194,9 @@ def test_funnel_shift(mode: str) -> None:
     c %= 70
     left = evaluate(f"shf.l.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}};", [a, b, c], np.uint32)
     right = evaluate(f"shf.r.{mode}.b32 {{d}}, {{a}}, {{b}}, {{c}};", [a, b, c], np.uint32)
-    for l, r, x, y, n in zip(*(v.tolist() for v in (left, right, a, b, c)), strict=True):
+    for up, r, x, y, n in zip(*(v.tolist() for v in (left, right, a, b, c)), strict=True):
         n = n & 31 if mode == "wrap" else min(n, 32)
-        assert l == ((y << 32 | x) << n) >> 32 & 0xFFFFFFFF
+        assert up == ((y << 32 | x) << n) >> 32 & 0xFFFFFFFF
         assert r == (y << 32 | x) >> n & 0xFFFFFFFF
 
 
@@ -195,7 +206,9 @@ def test_dot_products_of_bytes() -> None:
         got = evaluate(f"dp4a.{kinds} {{d}}, {{a}}, {{b}}, {{c}};", [a, b, c], np.uint32)
         first, second = (k[0] + "8" for k in kinds.split("."))
         for r, x, y, z in zip(*(v.tolist() for v in (got, a, b, c)), strict=True):
-            total = z + sum(signed(x >> 8 * i & 255, first) * signed(y >> 8 * i & 255, second) for i in range(4))
+            total = z + sum(
+                signed(x >> 8 * i & 255, first) * signed(y >> 8 * i & 255, second) for i in range(4)
+            )
             assert r == total % 2**32
 
 
@@ -208,8 +221,8 @@ def test_carries_make_wide_sums() -> None:
     a, b, c, e = operands(32, 4)
     low = evaluate("add.cc.u32 {d}, {a}, {b}; addc.u32 %r80, {c}, {e};", [a, b, c, e], np.uint32)
     high = evaluate("add.cc.u32 %r80, {a}, {b}; addc.u32 {d}, {c}, {e};", [a, b, c, e], np.uint32)
-    for l, h, w, x, y, z in zip(*(v.tolist() for v in (low, high, a, b, c, e)), strict=True):
-        assert l | h << 32 == ((y << 32 | w) + (z << 32 | x)) % 2**64
+    for lo, h, w, x, y, z in zip(*(v.tolist() for v in (low, high, a, b, c, e)), strict=True):
+        assert lo | h << 32 == ((y << 32 | w) + (z << 32 | x)) % 2**64
     high = evaluate("sub.cc.u32 %r80, {a}, {b}; subc.u32 {d}, {c}, {e};", [a, b, c, e], np.uint32)
     for h, w, x, y, z in zip(*(v.tolist() for v in (high, a, b, c, e)), strict=True):
         assert h == ((y << 32 | w) - (z << 32 | x)) % 2**64 >> 32

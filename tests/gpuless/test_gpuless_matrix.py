@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 
-import gpuless
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
+
+import gpuless
 from gpuless.exact import random_bits, values
 from gpuless.rounding import f32_to_bf16, f32_to_tf32, fp8_values
 from gpuless.snippets import evaluate, run
-from numpy.typing import NDArray
 
 EPSILON = np.finfo(np.float32).eps
 
@@ -29,7 +30,11 @@ def encode(x: NDArray, kind: str) -> NDArray:
         return x.astype(np.float16).view(np.uint16)
     if kind == "tf32":
         return f32_to_tf32(x)
-    return np.abs(np.asarray(fp8_values(kind))[None] - x[..., None].clip(-400, 400)).argsort(-1)[..., 0].astype(np.uint8)
+    return (
+        np.abs(np.asarray(fp8_values(kind))[None] - x[..., None].clip(-400, 400))
+        .argsort(-1)[..., 0]
+        .astype(np.uint8)
+    )
 
 
 def decode(bits: NDArray, kind: str) -> NDArray[np.float64]:
@@ -70,7 +75,9 @@ def test_mma(shape: str, kind: str, to: str) -> None:
     lines, arrays = [], []
     for name, first in (("a", 10), ("b", 20)):
         for i, (row, column) in enumerate(layouts[name]):
-            lines.append(f"  add.u64 %rd1, %rd{50 + len(arrays)}, %rd40; ld.global.b32 %r{first + i}, [%rd1];")
+            lines.append(
+                f"  add.u64 %rd1, %rd{50 + len(arrays)}, %rd40; ld.global.b32 %r{first + i}, [%rd1];"
+            )
             arrays.append(np.ascontiguousarray(words[name][row, column // per]))
     group, within = np.arange(32) // 4, np.arange(32) % 4
     c = c.astype(accumulate)
@@ -80,11 +87,17 @@ def test_mma(shape: str, kind: str, to: str) -> None:
         if to == "f32":
             arrays.append(c[group + 8 * (i // 2), 2 * within + i % 2].view(np.uint32))
         else:
-            arrays.append(np.ascontiguousarray(np.stack([c[group + 8 * i, 2 * within + j] for j in (0, 1)], 1)).view(np.uint32))
+            arrays.append(
+                np.ascontiguousarray(np.stack([c[group + 8 * i, 2 * within + j] for j in (0, 1)], 1)).view(
+                    np.uint32
+                )
+            )
     d = np.zeros((outputs, 32), np.uint32)
     ra, rb = (", ".join(f"%r{f + i}" for i in range(len(layouts[n]))) for n, f in (("a", 10), ("b", 20)))
     rc = ", ".join(f"%r{30 + i}" for i in range(outputs))
-    lines.append(f"  mma.sync.aligned.{shape}.row.col.{to}.{kind}.{kind}.{to} {{{rc}}}, {{{ra}}}, {{{rb}}}, {{{rc}}};")
+    lines.append(
+        f"  mma.sync.aligned.{shape}.row.col.{to}.{kind}.{kind}.{to} {{{rc}}}, {{{ra}}}, {{{rb}}}, {{{rc}}};"
+    )
     lines.append(f"  add.u64 %rd1, %rd{50 + len(arrays)}, %rd40;")
     lines += [f"  st.global.b32 [%rd1+{128 * i}], %r{30 + i};" for i in range(outputs)]
     run("\n".join(lines), [*arrays, d], threads=32)
@@ -124,7 +137,7 @@ def test_matrices_through_shared_memory(count: int, transpose: bool) -> None:
     expected = data[:count].transpose(0, 2, 1) if transpose else data[:count]
     assert np.array_equal(out.view(np.uint16).reshape(count, 8, 8), expected)
 
-    body = f"""
+    body = """
   shl.b32 %r1, %r90, 4; mov.u32 %r2, tile; add.u32 %r3, %r2, %r1;
   add.u64 %rd3, %rd50, %rd40;
 """ + "\n".join(f"  ld.global.b32 %r{10 + i}, [%rd3+{128 * i}];" for i in range(count))
@@ -171,12 +184,25 @@ def test_votes_and_warp_reductions() -> None:
     bits = [1 << i for i in range(32)]
     check(p + "vote.sync.ballot.b32 {d}, %p3, 0xffffffff;", lambda w: int((w == 3) @ bits))
     for name, reference in (("all", np.all), ("any", np.any), ("uni", lambda x: x.all() or not x.any())):
-        check(p + f"vote.sync.{name}.pred {{p}}, %p3, 0xffffffff; selp.u32 {{d}}, 1, 0, {{p}};", lambda w: int(reference(w == 3)))
-    for name, reference in (("add", np.sum), ("min", np.min), ("max", np.max), ("xor", np.bitwise_xor.reduce)):
-        check(f"redux.sync.{name}.{'b' if name == 'xor' else 'u'}32 {{d}}, {{a}}, 0xffffffff;", lambda w: int(reference(w)))
+        check(
+            p + f"vote.sync.{name}.pred {{p}}, %p3, 0xffffffff; selp.u32 {{d}}, 1, 0, {{p}};",
+            lambda w: int(reference(w == 3)),
+        )
+    for name, reference in (
+        ("add", np.sum),
+        ("min", np.min),
+        ("max", np.max),
+        ("xor", np.bitwise_xor.reduce),
+    ):
+        check(
+            f"redux.sync.{name}.{'b' if name == 'xor' else 'u'}32 {{d}}, {{a}}, 0xffffffff;",
+            lambda w: int(reference(w)),
+        )
     got = evaluate("match.any.sync.b32 {d}, {a}, 0xffffffff;", [a], np.uint32).reshape(-1, 32)
     assert [row.tolist() for row in got] == [[int((w == x) @ bits) for x in w] for w in warps]
-    got = evaluate("setp.lt.u32 {p}, {a}, 3; mov.u32 {d}, 0; @{p} activemask.b32 {d};", [a], np.uint32).reshape(-1, 32)
+    got = evaluate(
+        "setp.lt.u32 {p}, {a}, 3; mov.u32 {d}, 0; @{p} activemask.b32 {d};", [a], np.uint32
+    ).reshape(-1, 32)
     assert [row.tolist() for row in got] == [[int((w < 3) @ bits) if x < 3 else 0 for x in w] for w in warps]
 
 
