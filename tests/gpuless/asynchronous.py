@@ -43,7 +43,9 @@ class CommitGroups:
         self.committed[lanes] += 1
 
     def wait(self, mask: NDArray[np.bool_], leave: int) -> Iterator[tuple[Any, NDArray[np.bool_] | None]]:
-        """Finish what these lanes committed but for the last `leave` groups: (payload, which of its lanes; None all)."""
+        """Finish what these lanes committed but for the last `leave` groups: (payload, which of its lanes;
+        None all).
+        """
         waiting, self.work = self.work, []
         for work in waiting:
             done = mask[work.lanes] & (work.group < self.committed[work.lanes] - leave)

@@ -1,4 +1,6 @@
-"""Floating-point results from their definition, in rational arithmetic; and random operands to compare them on."""
+"""Floating-point results from their definition, in rational arithmetic; and random operands to compare them
+on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Format:
-    """A binary format: bits of precision (the hidden one included), least exponent of a normal number, largest value."""
+    """A binary format: bits of precision (the hidden one included), least exponent of a normal number,
+    largest value.
+    """
 
     precision: int
     least: int
@@ -77,7 +81,9 @@ MANTISSA = {"f16": 10, "bf16": 7, "f32": 23, "f64": 52}
 
 
 def random_bits(kind: str, seed: int, count: int = COUNT, spread: int = 0) -> NDArray:
-    """Finite numbers of every exponent and sign, subnormals and zeros among them; spread: within 2^-spread … 2^spread."""
+    """Finite numbers of every exponent and sign, subnormals and zeros among them; spread: within 2^-spread …
+    2^spread.
+    """
     rng = np.random.default_rng(seed)
     dtype, mantissa = BITS[kind], MANTISSA[kind]
     width = 8 * dtype().itemsize

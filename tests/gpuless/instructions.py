@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 _GROUPS = (
     instructions_bits,
     instructions_compare,
-    instructions_control, instructions_conversion, instructions_matrix, instructions_memory, instructions_warp,
+    instructions_control,
+    instructions_conversion,
+    instructions_matrix,
+    instructions_memory,
+    instructions_warp,
     instructions_wgmma,
-)  # fmt: skip
+)
 _SHARED_NAMES = (
-    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr", "addc",
-    "subc",
+    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr",
+    "addc", "subc",
 )  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def bind(m: Machine, ins: Instruction) -> tuple[Closure, bool]:
     elif ins.opcode in BINDERS:
         closure = BINDERS[ins.opcode](m, ins)
     else:
-        remedy = "mbarrier, tcgen05, clusters and TMA are not emulated: compile without TMA and warp specialisation"
+        remedy = "mbarrier, tcgen05, clusters and TMA are not: compile without TMA and warp specialisation"
         raise unsupported(ins, remedy)
     if m.matrix_registers:
         closure = instructions_wgmma.watch_registers(m, ins, closure, m.matrix_registers)

@@ -68,7 +68,8 @@ def _bit_field_extract(m: Machine, ins: Instruction) -> Closure:
     def run() -> None:
         start = position & 0xFF
         size = np.minimum(length & 0xFF, bits)
-        # Move the field to the top, then down again: the arithmetic shift brings the sign. Past the end, a is extended.
+        # Move the field to the top, then down again: the arithmetic shift brings the sign. Past the
+        # end, a is extended.
         reach = np.minimum(size, np.maximum(np.int64(bits) - start, 0)).astype(np.int64)
         wide = a.astype(dtype_of(kind))
         up = (bits - reach - np.minimum(start, bits)).astype(wide.dtype)
@@ -135,9 +136,11 @@ def _logic3(m: Machine, ins: Instruction) -> Closure:
     table = constant(ins, ins.operands[4]) & 0xFF
     d = target(m, ins, ins.operands[0], "b32")
     a, b, c = (source(m, ins, o, "b32") for o in ins.operands[1:4])
-    known = {0x80: lambda: a & b & c, 0xFE: lambda: a | b | c, 0x96: lambda: a ^ b ^ c, 0xEA: lambda: (a & b) | c,
-             0xCA: lambda: (a & b) | (~a & c), 0xF8: lambda: a | (b & c), 0xE8: lambda: (a & b) | (c & (a | b)),
-             0x6A: lambda: (a & b) ^ c, 0x78: lambda: a ^ (b & c), 0xD8: lambda: (a & ~c) | (b & c)}  # fmt: skip
+    known = {  # what compilers emit most
+        0x80: lambda: a & b & c, 0xFE: lambda: a | b | c, 0x96: lambda: a ^ b ^ c,
+        0xEA: lambda: (a & b) | c, 0xF8: lambda: a | (b & c), 0xCA: lambda: (a & b) | (~a & c),
+        0x6A: lambda: (a & b) ^ c, 0x78: lambda: a ^ (b & c), 0xE8: lambda: (a & b) | (c & (a | b)),
+    }  # fmt: skip
 
     def run() -> NDArray:
         if table in known:
@@ -156,7 +159,8 @@ def _permute(m: Machine, ins: Instruction) -> Closure:
     mode = next((x for x in ins.modifiers if x in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")), "")
     d = target(m, ins, ins.operands[0], "b32")
     a, b, selector = (source(m, ins, o, "u32") for o in ins.operands[1:4])
-    # What each mode selects for the result's bytes 3 … 0, by the selector's low two bits (PTX ISA, table for prmt).
+    # What each mode selects for the result's bytes 3 … 0, by the selector's low two bits (PTX ISA,
+    # table for prmt).
     tables = {
         "f4e": ("3210", "4321", "5432", "6543"),
         "b4e": ("5670", "6701", "7012", "0123"),

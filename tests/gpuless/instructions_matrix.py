@@ -1,7 +1,8 @@
 """Tensor instructions of a warp: ldmatrix, stmatrix, mma.sync (PTX ISA 9.7.14).
 
-Products are exact and summed in float64 with the accumulator, then rounded once to its type. Tensor cores sum in an order and
-with a precision that NVIDIA does not document (fp32 accumulation truncates); agreement is within a few units of the last place.
+Products are exact and summed in float64 with the accumulator, then rounded once to its type. Tensor cores sum
+in an order and with a precision that NVIDIA does not document (fp32 accumulation truncates); agreement is
+within a few units of the last place.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def _store_matrix(m: Machine, ins: Instruction) -> Closure:
 class Fragment:
     """The registers of an operand of mma, as matrices [warps, rows, K].
 
-    Register i of A holds rows 8·(i % 2) … and columns from half·(i // 2); lane l row l // 4, columns per·(l % 4) … B is the
-    same with its n for rows, without the i % 2.
+    Register i of A holds rows 8·(i % 2) … and columns from half·(i // 2); lane l row l // 4, columns per·(l %
+    4) … B is the same with its n for rows, without the i % 2.
     """
 
     def __init__(self, m: Machine, ins: Instruction, operand: str, kind: str, row_halves: int) -> None:

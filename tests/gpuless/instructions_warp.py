@@ -1,4 +1,6 @@
-"""What the lanes of a warp do together: shuffles, votes, reductions (PTX ISA 9.7.9.6, 9.7.13.9 and following)."""
+"""What the lanes of a warp do together: shuffles, votes, reductions (PTX ISA 9.7.9.6, 9.7.13.9 and
+following).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Tensor instructions of a warpgroup on Hopper: wgmma (PTX ISA 9.7.15).
 
-A wgmma runs while its threads go on: it reads shared memory and its A registers until somebody waits for its group, and only then
-are its results there. Until then a write to what it reads, or any use of its accumulators, is reported.
+A wgmma runs while its threads go on: it reads shared memory and its A registers until somebody waits for its
+group, and only then are its results there. Until then a write to what it reads, or any use of its
+accumulators, is reported.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from gpuless.machine import Machine
 
 GROUP = 128  # threads
-# Swizzling by the descriptor's bits 62 and 63: (bytes of a row of the pattern, mask of the row bits that are mixed in).
+# Swizzling by the descriptor's bits 62 and 63: (bytes of a row of the pattern, mask of the row bits that
+# are mixed in).
 _SWIZZLE = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 
 
 def _offsets(descriptor: int, rows: int, k: int, item: int, transposed: bool) -> NDArray[np.int64]:
-    """Shared addresses of the 16-byte chunks of an operand [rows, k]: [rows, chunks along k], or transposed [k, along rows]."""
+    """Shared addresses of the 16-byte chunks of an operand [rows, k]: [rows, chunks along k], or transposed
+    [k, along rows].
+    """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     width, mask = _SWIZZLE[descriptor >> 62 & 3]
     if transposed:  # rows are contiguous in memory
@@ -227,7 +231,9 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
 
 
 def watch_registers(m: Machine, ins: Instruction, closure: Closure, registers: frozenset[str]) -> Closure:
-    """The closure, with a report where it touches a register of a wgmma that nobody waited for; notes what it writes."""
+    """The closure, with a report where it touches a register of a wgmma that nobody waited for; notes what
+    it writes.
+    """
     if ins.opcode in ("wgmma", "ret", "bra", "bar", "exit"):
         return closure
     touched = registers & {part for o in ins.operands for part in split_vector(o)}

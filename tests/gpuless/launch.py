@@ -1,7 +1,7 @@
 """Run a compiled kernel on CPU tensors: `launch`.
 
-A kernel's memory is the host's: pointers are the tensors' own addresses, so that alignment, views and pointers kept in memory
-mean what they do on a device. Nothing outside the tensors that were given exists.
+A kernel's memory is the host's: pointers are the tensors' own addresses, so that alignment, views and
+pointers kept in memory mean what they do on a device. Nothing outside the tensors that were given exists.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Result:
         findings: faults; empty unless the launch was not strict.
         instructions: executions by a warp, by opcode (counts=True).
         accesses: one entry per memory instruction (counts=True).
-        bytes_read, bytes_written: distinct bytes of each argument that were touched: what must move at least (counts=True).
+        bytes_read, bytes_written: distinct bytes of each argument that were touched: what must move at least
+        (counts=True).
     """
 
     findings: list[Finding]
@@ -64,7 +65,8 @@ def launch(
     Args:
         ptx: its text.
         grid: CTAs in x, y, z; missing ones are 1.
-        arguments: CPU tensors or numpy arrays (passed as pointers), None (a null pointer), integers, floats, or bytes
+        arguments: CPU tensors or numpy arrays (passed as pointers), None (a null pointer), integers, floats,
+        or bytes
             (a struct). Parameters beyond them are zero: Triton adds two pointers for scratch memory.
         block: threads in x, y, z; by default what the kernel requires (.reqntid).
         shared: bytes of dynamic shared memory.

@@ -1,8 +1,8 @@
 """All threads of a chunk of CTAs at once: one numpy row per register, one closure per instruction.
 
-Lanes = CTAs x threads (padded to whole warps). Lanes at the same instruction run together; of the groups that have split up the
-one with the lowest program counter runs first, so that branches of structured code meet again where they join. A row of a
-register is written through a mask only where live lanes stand aside.
+Lanes = CTAs x threads (padded to whole warps). Lanes at the same instruction run together; of the groups that
+have split up the one with the lowest program counter runs first, so that branches of structured code meet
+again where they join. A row of a register is written through a mask only where live lanes stand aside.
 """
 
 from __future__ import annotations

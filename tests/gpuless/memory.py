@@ -1,7 +1,7 @@
 """What the state spaces have in common: sizes of accesses, granules, windows; and local memory.
 
-Shadow memory has one entry per granule, the smallest access to that space in the program (1 to 16 bytes); natural
-alignment, which PTX demands, keeps every access on whole granules.
+Shadow memory has one entry per granule, the smallest access to that space in the program (1 to 16 bytes);
+natural alignment, which PTX demands, keeps every access on whole granules.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class WindowMemory:
         self.views: dict = {}
 
     def locate(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int) -> tuple[NDArray, Lanes]:
-        """Index into `data` for each access that is in bounds and aligned; the rest are reported and dropped."""
+        """Index into `data` for each access that is in bounds and aligned; the rest are reported and
+        dropped.
+        """
         if len(address) == 0:
             return address, lanes
         if int(address.min()) < self.base or int(address.max()) + size > self.base + self.size:

@@ -32,7 +32,9 @@ class Argument:
 
 @dataclass
 class Segment:
-    """Contiguous host memory that kernels may reach, at `base` in the address space of the device (the host's own)."""
+    """Contiguous host memory that kernels may reach, at `base` in the address space of the device (the
+    host's own).
+    """
 
     base: int
     data: NDArray[np.uint8]
@@ -66,8 +68,8 @@ def _nearest(arguments: list[tuple[Argument, int]], byte: int) -> str:
 class GlobalMemory:
     """The segments of a launch, and which CTA read or wrote each granule.
 
-    ``writer``: -1 nobody, a CTA's number, or, for granules that only atomics updated, that with a flag. ``reader``: -1, a number,
-    or many. Reads are tracked only where the program may write.
+    ``writer``: -1 nobody, a CTA's number, or, for granules that only atomics updated, that with a flag.
+    ``reader``: -1, a number, or many. Reads are tracked only where the program may write.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class GlobalMemory:
     def split(
         self, m: Machine, ins: Instruction, address: NDArray, lanes: Lanes, size: int
     ) -> list[tuple[Segment, NDArray, Lanes]]:
-        """The accesses by segment, as (segment, byte in it, lanes); what is out of bounds or misaligned is reported."""
+        """The accesses by segment, as (segment, byte in it, lanes); what is out of bounds or misaligned is
+        reported.
+        """
         if len(address) == 0:
             return []
         if int(np.bitwise_or.reduce(address)) & (size - 1):

@@ -19,10 +19,11 @@ _NOBODY = -1
 class SharedMemory(WindowMemory):
     """Shared memory of every CTA, and who touched it since the CTA's last barrier.
 
-    ``writer[granule]``: -1 nobody; -(2 + thread) a cp.async of that thread is on its way; else epoch << 11 | thread << 1, the last
-    bit set for cp.async data, which until the next barrier (or bar.warp.sync) only the copying thread may see.
-    ``last[granule]`` and ``first[granule]``: the highest and the lowest warp that read in the latest epoch with a read, as
-    epoch << 5 | warp and epoch << 5 | 31 - warp. The epoch counts a CTA's barriers, from 1.
+    ``writer[granule]``: -1 nobody; -(2 + thread) a cp.async of that thread is on its way; else epoch << 11 |
+    thread << 1, the last bit set for cp.async data, which until the next barrier (or bar.warp.sync) only the
+    copying thread may see. ``last[granule]`` and ``first[granule]``: the highest and the lowest warp that
+    read in the latest epoch with a read, as epoch << 5 | warp and epoch << 5 | 31 - warp. The epoch counts a
+    CTA's barriers, from 1.
     """
 
     space = "shared"
@@ -74,7 +75,9 @@ class SharedMemory(WindowMemory):
         self.first[granule] = np.maximum(self.first[granule], epoch | 31)  # warp 0
 
     def fence_proxy(self, mask: NDArray[np.bool_]) -> None:
-        """fence.proxy.async: wgmma may read what these lanes wrote, and what came before their CTA's last barrier."""
+        """fence.proxy.async: wgmma may read what these lanes wrote, and what came before their CTA's last
+        barrier.
+        """
         if self.unfenced is None:
             return
         writer = self.writer.reshape(self.m.ctas, -1)
@@ -185,8 +188,8 @@ class SharedMemory(WindowMemory):
                 at = int(np.flatnonzero(pending)[0])
                 self.m.report(
                     "cp.async", ins, lanes[pending],
-                    f"{what} of {self._where(granule[at])} before the cp.async of thread {-2 - int(writer[at])} into it"
-                    " was waited for",
+                    f"{what} of {self._where(granule[at])} before the cp.async of thread {-2 - int(writer[at])}"
+                    " into it was waited for",
                 )  # fmt: skip
             unset = writer == _NOBODY
             if what != "write" and np.count_nonzero(unset):
@@ -204,8 +207,8 @@ class SharedMemory(WindowMemory):
                 at = int(np.flatnonzero(bad)[0])
                 self.m.report(
                     "cp.async", ins, lanes[bad],
-                    f"{what} of {self._where(granule[at])} that thread {int(writer[at]) >> 1 & 1023} copied: others"
-                    " see it only after a barrier",
+                    f"{what} of {self._where(granule[at])} that thread {int(writer[at]) >> 1 & 1023} copied:"
+                    " others see it only after a barrier",
                 )  # fmt: skip
 
     def load(
@@ -233,7 +236,7 @@ class SharedMemory(WindowMemory):
             byte = int(index[lost][0]) % self.stride
             self.m.report(
                 "shared race", ins, everyone(lanes, self.m.lanes)[lost],
-                f"two threads write different values to byte {byte} of shared memory{self.symbol(byte)} at once",
+                f"two threads write different values at once to byte {byte} of shared memory{self.symbol(byte)}",
             )  # fmt: skip
 
     def begin_copy(

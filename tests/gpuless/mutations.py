@@ -20,7 +20,9 @@ class Mutant:
 
 
 def mutants(ptx: str, name: str | None = None) -> Iterator[Mutant]:
-    """Every barrier and fence removed, every wait weakened by one group, every guard of a global access removed."""
+    """Every barrier and fence removed, every wait weakened by one group, every guard of a global access
+    removed.
+    """
     program, lines = parse(ptx, name), ptx.splitlines()
     for ins in program.instructions:
         change = _change(ins, lines[ins.line - 1])
@@ -68,7 +70,9 @@ def _count(ins: Instruction) -> int:
 def _search(
     program: Program, start: int, forward: bool, stop: Callable[[Instruction], bool]
 ) -> tuple[list[Instruction], bool]:
-    """Instructions that paths from `start` meet up to and with the first that stops them; and whether one gets to the end."""
+    """Instructions that paths from `start` meet up to and with the first that stops them; and whether one
+    gets to the end.
+    """
     code = program.instructions
     following: dict[int, list[int]] = {i: [] for i in range(len(code))}
     ends = set()
@@ -102,7 +106,9 @@ def _search(
 
 
 def _wait_is_repeated(program: Program, index: int) -> str:
-    """A wait changes nothing if on all ways to it, or on from it, another one does the same with no use in between."""
+    """A wait changes nothing if on all ways to it, or on from it, another one does the same with no use in
+    between.
+    """
     count = _count(program.instructions[index])
 
     def before(ins: Instruction) -> bool:

@@ -1,4 +1,4 @@
-"""From operands in the text to numpy rows, once per instruction and machine; and the table of instructions."""
+"""From operands in the text to numpy rows, once per instruction and machine; the table of instructions."""
 
 from __future__ import annotations
 
@@ -166,7 +166,9 @@ def target(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray:
 
 
 def wide_target(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray:
-    """Like target, for a register that may be wider: the row has the register's width and the type's signedness."""
+    """Like target, for a register that may be wider: the row has the register's width and the type's
+    signedness.
+    """
     if operand == "_" or kind == "pred":
         return target(m, ins, operand, kind)
     bits, slot = m.program.registers[operand]

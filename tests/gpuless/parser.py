@@ -1,7 +1,7 @@
 """PTX text -> Program: typed instructions, register slots, shared, local and global symbols, parameters.
 
-Grammar: PTX ISA, sections 4 (syntax), 5 (state spaces, types) and 9 (instructions). Only the chosen entry is read; functions
-that it calls are not.
+Grammar: PTX ISA, sections 4 (syntax), 5 (state spaces, types) and 9 (instructions). Only the chosen entry is
+read; functions that it calls are not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def type_bits(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One statement. ``ld.global.v2.b32 {%r1, %r2}, [%rd1+8]`` has opcode ld, modifiers (global, v2, b32), types (b32,)."""
+    """One statement. ``ld.global.v2.b32 {%r1, %r2}, [%rd1+8]`` has opcode ld, modifiers (global, v2, b32),
+    types (b32,).
+    """
 
     index: int
     line: int
@@ -68,7 +70,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A variable: ``offset`` counts from the start of its space (shared and local) and is 0 for global and const."""
+    """A variable: ``offset`` counts from the start of its space (shared and local) and is 0 for global and
+    const.
+    """
 
     name: str
     space: str

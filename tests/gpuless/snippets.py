@@ -1,4 +1,6 @@
-"""Small PTX kernels for the emulator's own tests: one instruction over many operands, or a body of statements."""
+"""Small PTX kernels for the emulator's own tests: one instruction over many operands, or a body of
+statements.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _PREFIX = {1: "%r", 2: "%rs", 4: "%r", 8: "%rd"}
 def module(
     body: str, parameters: int, *, threads: int = THREADS, declarations: str = "", target: str = "sm_90a"
 ) -> str:
-    """An entry with pointers p0, p1, … in %rd50, %rd51, …, the thread in %r90, the CTA in %r91, 4·thread in %rd40."""
+    """An entry with pointers p0, p1, … in %rd50, %rd51, …, the thread in %r90, the CTA in %r91, 4·thread in
+    %rd40.
+    """
     names = ", ".join(f".param .u64 p{i}" for i in range(parameters))
     loads = "\n".join(f"  ld.param.u64 %rd{50 + i}, [p{i}];" for i in range(parameters))
     return f"""

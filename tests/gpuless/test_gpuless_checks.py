@@ -1,4 +1,6 @@
-"""Every kind of report on the smallest kernel that deserves it, beside one that differs by the remedy and is clean."""
+"""Every kind of report on the smallest kernel that deserves it, beside one that differs by the remedy and is
+clean.
+"""
 
 import numpy as np
 import pytest
@@ -113,7 +115,8 @@ def test_shared_race_write_after_read() -> None:
 
 
 def test_shared_race_of_two_writes() -> None:
-    body = f"{SHARED} st.shared.u32 [%r3], %r90; xor.b32 %r4, %r2, 128; add.u32 %r5, %r1, %r4; st.shared.u32 [%r5], %r90;"
+    neighbour = "xor.b32 %r4, %r2, 128; add.u32 %r5, %r1, %r4;"
+    body = f"{SHARED} st.shared.u32 [%r3], %r90; {neighbour} st.shared.u32 [%r5], %r90;"
     assert finding(body, declarations=ROOM).kind == "shared race"
 
 
@@ -196,7 +199,8 @@ def test_atomics_are_no_race_among_themselves() -> None:
     found = finding("red.global.add.u32 [%rd50], 1; ld.global.u32 %r1, [%rd50];", grid=2)
     assert (found.kind, "by atomics" in found.message) == ("cross-CTA race", True)
     run("red.global.add.u32 [%rd50], 1; ld.relaxed.gpu.global.u32 %r1, [%rd50];", [total], grid=2)
-    read_only = "ld.global.u32 %r1, [%rd50]; mul.wide.u32 %rd2, %r91, 512; add.u64 %rd3, %rd51, %rd2; add.u64 %rd3, %rd3, %rd40;"
+    own = "mul.wide.u32 %rd2, %r91, 512; add.u64 %rd3, %rd51, %rd2; add.u64 %rd3, %rd3, %rd40;"
+    read_only = f"ld.global.u32 %r1, [%rd50]; {own}"
     run(read_only + "st.global.u32 [%rd3], %r1;", [total, buffer(256)], grid=2)
 
 
@@ -222,9 +226,10 @@ def test_divergence() -> None:
         "bar.warp.sync 0xffffffff;",
         "redux.sync.add.u32 %r1, %r90, 0xffffffff;",
         "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r3];",
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%r7}, {%r1,%r2,%r3,%r4};",
+        "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r5, %r6}, {%r7}, {%r1, %r2};",
     ):
-        body = f"{SHARED} st.shared.u32 [%r3], %r90; mov.u32 %r3, room; setp.lt.u32 %p1, %r90, 8; @%p1 {collective}"
+        some = "mov.u32 %r3, room; setp.lt.u32 %p1, %r90, 8;"
+        body = f"{SHARED} st.shared.u32 [%r3], %r90; {some} @%p1 {collective}"
         assert finding(body, declarations=ROOM).kind == "divergence", collective
 
 
@@ -233,7 +238,8 @@ def test_trap_and_local_memory() -> None:
     depot = ".local .align 8 .b8 depot[16]; mov.u64 %rd1, depot; cvta.local.u64 %rd2, %rd1;"
     out = buffer()
     run(
-        f"{depot} st.local.u32 [%rd1+4], %r90; ld.u32 %r1, [%rd2+4]; add.u64 %rd3, %rd50, %rd40; st.u32 [%rd3], %r1;",
+        f"{depot} st.local.u32 [%rd1+4], %r90; ld.u32 %r1, [%rd2+4];"
+        "add.u64 %rd3, %rd50, %rd40; st.u32 [%rd3], %r1;",
         [out],
     )
     assert np.array_equal(out, np.arange(128))
@@ -263,7 +269,7 @@ DONE: bar.warp.sync 0xffffffff; {OUT} st.global.u32 [%rd1], %r2;
 
 def test_what_is_not_emulated_is_refused_by_name() -> None:
     with pytest.raises(
-        Unsupported, match=r"mbarrier.init.* is not emulated: mbarrier, tcgen05, clusters and TMA"
+        Unsupported, match=r"mbarrier.init.* is not emulated: mbarrier, tcgen05, clusters and TMA are not"
     ):
         run("mbarrier.init.shared::cta.b64 [%r1], 1;", [buffer()])
     with pytest.raises(Unsupported, match="TMA is not emulated: load with pointers"):
@@ -279,7 +285,9 @@ def test_arguments_are_checked() -> None:
 
 
 def test_counts() -> None:
-    """A coalesced and a strided load, a conflict-free and a conflicting shared access, and the bytes of each argument."""
+    """A coalesced and a strided load, a conflict-free and a conflicting shared access, and the bytes of each
+    argument.
+    """
     source, out = buffer(128 * 8), buffer()
     body = f"""
   {SHARED}

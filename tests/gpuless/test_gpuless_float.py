@@ -1,4 +1,6 @@
-"""Floating-point instructions on random bits against rational arithmetic: each result is rounded once, as PTX says."""
+"""Floating-point instructions on random bits against rational arithmetic: each result is rounded once, as
+PTX says.
+"""
 
 import operator
 from fractions import Fraction

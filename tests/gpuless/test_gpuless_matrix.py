@@ -1,4 +1,6 @@
-"""Tensor instructions, shuffles, votes and atomics against numpy; tl.dot of every dtype on every architecture."""
+"""Tensor instructions, shuffles, votes and atomics against numpy; tl.dot of every dtype on every
+architecture.
+"""
 
 from collections.abc import Callable
 
@@ -45,14 +47,16 @@ def decode(bits: NDArray, kind: str) -> NDArray[np.float64]:
 
 
 MMA = [
-    ("m16n8k8", "tf32", "f32"), ("m16n8k4", "tf32", "f32"), ("m16n8k8", "bf16", "f32"), ("m16n8k16", "bf16", "f32"),
-    ("m16n8k8", "f16", "f32"), ("m16n8k16", "f16", "f32"), ("m16n8k16", "f16", "f16"), ("m16n8k32", "e4m3", "f32"),
-    ("m16n8k32", "e5m2", "f32"),
+    ("m16n8k8", "tf32", "f32"), ("m16n8k4", "tf32", "f32"), ("m16n8k8", "bf16", "f32"),
+    ("m16n8k16", "bf16", "f32"), ("m16n8k8", "f16", "f32"), ("m16n8k16", "f16", "f32"),
+    ("m16n8k16", "f16", "f16"), ("m16n8k32", "e4m3", "f32"), ("m16n8k32", "e5m2", "f32"),
 ]  # fmt: skip
 
 
 def fragment_indices(rows: int, k: int, per: int, half_rows: int) -> list[tuple[NDArray, NDArray]]:
-    """(row, first column) of every register of a lane, as the tables of PTX ISA 9.7.14.5 give them, [32] each."""
+    """(row, first column) of every register of a lane, as the tables of PTX ISA 9.7.14.5 give them, [32]
+    each.
+    """
     lane = np.arange(32)
     group, within = lane // 4, lane % 4
     registers = []
@@ -160,7 +164,8 @@ def test_shuffle(mode: str, width: int) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 1 << 32, 256).astype(np.uint32), rng.integers(0, 32, 256).astype(np.uint32)
     clamp = ((32 - width) << 8) | (0 if mode == "up" else 31)
-    statement = f"shfl.sync.{mode}.b32 {{d}}|{{p}}, {{a}}, {{b}}, {clamp}, 0xffffffff; @!{{p}} add.u32 {{d}}, {{d}}, 1;"
+    shuffle = f"shfl.sync.{mode}.b32 {{d}}|{{p}}, {{a}}, {{b}}, {clamp}, 0xffffffff;"
+    statement = shuffle + "@!{p} add.u32 {d}, {d}, 1;"
     got = evaluate(statement, [a, b], np.uint32)
     for i, n in enumerate(b.tolist()):
         lane, first = i % 32, i % 32 // width * width
@@ -186,7 +191,7 @@ def test_votes_and_warp_reductions() -> None:
     for name, reference in (("all", np.all), ("any", np.any), ("uni", lambda x: x.all() or not x.any())):
         check(
             p + f"vote.sync.{name}.pred {{p}}, %p3, 0xffffffff; selp.u32 {{d}}, 1, 0, {{p}};",
-            lambda w: int(reference(w == 3)),
+            lambda w, f=reference: int(f(w == 3)),
         )
     for name, reference in (
         ("add", np.sum),
@@ -196,7 +201,7 @@ def test_votes_and_warp_reductions() -> None:
     ):
         check(
             f"redux.sync.{name}.{'b' if name == 'xor' else 'u'}32 {{d}}, {{a}}, 0xffffffff;",
-            lambda w: int(reference(w)),
+            lambda w, f=reference: int(f(w)),
         )
     got = evaluate("match.any.sync.b32 {d}, {a}, 0xffffffff;", [a], np.uint32).reshape(-1, 32)
     assert [row.tolist() for row in got] == [[int((w == x) @ bits) for x in w] for w in warps]
@@ -207,8 +212,8 @@ def test_votes_and_warp_reductions() -> None:
 
 
 ATOMICS = {
-    "add": lambda old, new: old + new, "min": min, "max": max, "exch": lambda old, new: new, "and": lambda old, new: old & new,
-    "or": lambda old, new: old | new, "xor": lambda old, new: old ^ new,
+    "add": lambda old, new: old + new, "min": min, "max": max, "exch": lambda old, new: new,
+    "and": lambda old, new: old & new, "or": lambda old, new: old | new, "xor": lambda old, new: old ^ new,
 }  # fmt: skip
 
 
@@ -259,7 +264,8 @@ def test_floating_atomics() -> None:
 
 @triton.jit
 def product_kernel(
-    a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, HOW: tl.constexpr
+    a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BK)
     acc = tl.zeros((M, N), tl.float32 if c_ptr.dtype.element_ty != tl.int32 else tl.int32)
@@ -273,8 +279,10 @@ def product_kernel(
     tl.store(c_ptr + m[:, None] * N + n[None, :], acc)
 
 
-DOTS = [("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"),
-        ("int8", "ieee"), ("float8_e5m2", "ieee")]  # fmt: skip
+DOTS = [
+    ("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"),
+    ("int8", "ieee"), ("float8_e5m2", "ieee"),
+]  # fmt: skip
 DOTS_BY_ARCH = [
     *((arch, dtype, how, False) for arch in (80, 90) for dtype, how in DOTS),
     *((arch, dtype, how, True) for arch in (80, 90) for dtype, how in DOTS if dtype != "int8"),

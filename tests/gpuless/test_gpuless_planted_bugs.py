@@ -1,6 +1,7 @@
 """Bugs planted in real kernels are reported; the kernels themselves are clean.
 
-A mutant that is not caught must be one of which mutations.py shows, on the control flow of the PTX, that it changes nothing.
+A mutant that is not caught must be one of which mutations.py shows, on the control flow of the PTX, that it
+changes nothing.
 """
 
 import os
@@ -23,7 +24,8 @@ from gpuless.rounding import f32_to_bf16
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, c_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr = True
+    a_ptr, b_ptr, c_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):  # fmt: skip
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -98,7 +100,7 @@ def test_waits_and_barriers_are_reported_whatever_the_result(arch: int) -> None:
             continue
         with pytest.raises(Report):
             run(mutant.ptx, kernel.shared, 176)
-    with pytest.raises(Report, match="never waited|was waited for|others see it"):
+    with pytest.raises(Report, match=r"never waited|was waited for|others see it"):
         run(weaken_all_waits(kernel.ptx), kernel.shared, 176)
 
 
@@ -144,9 +146,10 @@ def test_lost_update_between_ctas() -> None:
 CUDA = r"""
 #include <cuda_pipeline.h>
 #include <cuda_bf16.h>
-// out[row] = sum over k of x[row, k] * w[k], a CTA per row: x comes in chunks of 256 by cp.async, two in flight.
+// out[row] = sum over k of x[row, k] * w[k], a CTA per row: x comes in chunks of 256, two in flight.
 extern "C" __global__ void __launch_bounds__(128) row_dot(
-    const __nv_bfloat16* __restrict__ x, const float* __restrict__ w, float* __restrict__ out, int rows, int k)
+    const __nv_bfloat16* __restrict__ x, const float* __restrict__ w, float* __restrict__ out,
+    int rows, int k)
 {
     __shared__ __align__(16) __nv_bfloat16 chunk[2][256];
     __shared__ float partial[4];
