@@ -1,8 +1,9 @@
 """An emulated GPU as Triton's active driver: `kernel[grid](…)` on CPU tensors, unchanged.
 
 Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
-This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the emulator.
-Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the compiler.
+This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the
+emulator. Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the
+compiler.
 """
 
 import contextlib
@@ -129,8 +130,8 @@ class _Launcher:
             named = zip(self._source.signature, bound, self._is_argument, strict=True)
             given = {name: value for name, value, is_one in named if is_one}
             record.result = launch(
-                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared, strict=gpu.strict,
-                counts=gpu.counts,
+                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared,
+                strict=gpu.strict, counts=gpu.counts,
             )  # fmt: skip
 
 
