@@ -1,0 +1,325 @@
+"""Launchers of the bottleneck adapter's Triton kernels, and the plan that says how a problem is cut up."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from peft_kernels.core.checks import check_dtype
+from peft_kernels.core.gpu import GPU, gpu
+from peft_kernels.core.triton_reduce import sum_partials
+from peft_kernels.ops.adapter import triton_kernels as kernels
+from peft_kernels.ops.adapter.schema import (
+    BackwardArgs,
+    Operands,
+    check_bottleneck_adapter,
+    check_bottleneck_adapter_backward,
+    differentiated,
+)
+from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_threshold
+
+_LINE = 128  # bytes of a row that a tile of a product's operands has: a cache line
+_SCRATCH = 2**25  # bytes that the partial sums of a weight's gradient may take
+_COLUMNS = 16  # of a CTA of up_gradient_kernel
+_CTAS = 2  # a multiprocessor, which splitting aims at
+_STEPS = 8  # of a product that a CTA has at least, when others share it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a bottleneck adapter is cut up on a GPU.
+
+    Attributes:
+        fused: the forward is one kernel, whose CTAs have `block_m` whole rows.
+        block_m: rows of a tile.
+        block_n: columns of a tile.
+        block_k: elements that a step of a product sums.
+        block_r: units of a tile; the fused kernel has all in one.
+        fused_block_n: columns of a step of the fused kernel.
+        splits: CTAs that share the sums over d, and over N, of products that end in [M, r].
+        token_splits: CTAs that share the sums over tokens of (dW_d, dW_u).
+        warps: of a CTA.
+        fused_warps: of a CTA of the fused kernel.
+        stages: of the pipelines of loads.
+        precision: of products of fp32.
+    """
+
+    fused: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    fused_block_n: int
+    splits: int
+    token_splits: tuple[int, int]
+    warps: int
+    fused_warps: int
+    stages: int
+    precision: str
+
+
+def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int, gpu: GPU) -> Plan:
+    """The plan for hidden [m, d] of `dtype` and weights [r, d] and [n, r] of `itemsize` bytes an element."""
+    wanted = _CTAS * gpu.multiprocessors
+    padded_r = max(16, triton.next_power_of_2(r))
+    single = dtype == torch.float32
+    block_m = min(64, max(16, triton.next_power_of_2(m)))
+    block_k = _LINE // itemsize
+    block_r = min(padded_r, 64)
+    # Few rows: hidden stays in the L2 cache between two kernels, which cut d and N up too and fill the GPU.
+    fused = padded_r * dtype.itemsize <= 512 and triton.cdiv(m, 64) >= gpu.multiprocessors
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
+    splits = max(1, min(wanted // tiles, max(d, n) // (_STEPS * block_k)))
+
+    def token_splits(columns: int) -> int:
+        tiles = triton.cdiv(columns, 64) * triton.cdiv(r, block_r)
+        limit = min(triton.cdiv(m, 4 * block_k), _SCRATCH // (4 * columns * r))
+        return max(1, min(wanted // tiles, limit))
+
+    return Plan(
+        fused=fused,
+        block_m=block_m,
+        block_n=64,
+        block_k=block_k,
+        block_r=block_r,
+        fused_block_n=32 if padded_r > 128 or single else 64,
+        splits=splits,
+        token_splits=(token_splits(d), token_splits(n)),
+        warps=4,
+        fused_warps=8 if padded_r > 64 else 4,
+        stages=3,
+        precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
+    )
+
+
+def bottleneck_adapter(
+    hidden: torch.Tensor, residual: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward kernels; see `reference.bottleneck_adapter`."""
+    a, need_down, need_up = Operands(*rest[:-2]), rest[-2], rest[-1]
+    check_bottleneck_adapter(hidden, residual, a)
+    _check_kernel_dtype(hidden)
+    hidden, a = _rows(hidden), _prepared(a)
+    residual = None if residual is None else _rows(residual)
+    (m, d), (n, r) = hidden.shape, a.up_weight.shape
+    plan = _plan(hidden, a)
+    out = hidden.new_empty([m, n], dtype=hidden.dtype if residual is None else residual.dtype)
+    up = hidden.new_empty([m, n]) if need_up else None
+    down = hidden.new_empty([m, r]) if need_down or not plan.fused else None
+    if m and plan.fused:
+        kernels.fused_kernel[(triton.cdiv(m, plan.block_m),)](
+            hidden, hidden.stride(0), a.down_weight, a.down_weight.stride(0), a.down_bias,
+            a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), a.gate, *_dropout(a),
+            residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
+            ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
+            BN=plan.fused_block_n, BR=max(16, triton.next_power_of_2(r)), STAGES=plan.stages,
+            PRECISION=plan.precision, num_warps=plan.fused_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    elif m:
+        assert down is not None
+        _narrow(plan, hidden, a, down=down)
+        _widen(plan, down, a.up_weight, residual, out, up, a.up_bias, _scale(a), a.gate, _dropout(a))
+    return (
+        out,
+        down if need_down and down is not None else hidden.new_empty(0),
+        hidden.new_empty(0) if up is None else up,
+    )
+
+
+def bottleneck_adapter_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """Launch the backward kernels; see `reference.bottleneck_adapter_backward`."""
+    b = BackwardArgs(*args)
+    check_bottleneck_adapter_backward(b)
+    _check_kernel_dtype(b.hidden)
+    results = [
+        (b.hidden if of is None else of).new_zeros(of.shape if needed and of is not None else 0)
+        for of, needed in differentiated(b)
+    ]
+    if b.hidden.shape[0] and any(needed for _, needed in differentiated(b)):
+        _fill_gradients(b, *results)
+    return tuple(results)
+
+
+def _fill_gradients(
+    b: BackwardArgs,
+    dhidden: torch.Tensor,
+    ddown_weight: torch.Tensor,
+    ddown_bias: torch.Tensor,
+    dup_weight: torch.Tensor,
+    dup_bias: torch.Tensor,
+    dscale: torch.Tensor,
+    dgate: torch.Tensor,
+) -> None:
+    """Write the gradients that are needed."""
+    hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands)
+    (m, d), (n, r) = hidden.shape, a.up_weight.shape
+    plan = _plan(hidden, a)
+    down = hidden.new_empty([m, r]) if b.need_up_weight or b.need_scale else None
+    dz = hidden.new_empty([m, r]) if b.need_hidden or b.need_down_weight else None
+    dbias = _sums(hidden, triton.cdiv(m, plan.block_m), r) if b.need_down_bias else None
+    dgates = _sums(hidden, triton.cdiv(r, plan.block_r), m) if b.need_gate else None
+    upstream = any(part is not None for part in (dz, dbias, dgates))
+    if upstream or down is not None:
+        grad_down = None if b.grad_down is None else _rows(b.grad_down)
+        _narrow(plan, hidden, a, grad if upstream else None, grad_down, down, dz, dbias, dgates)
+    if b.need_hidden:
+        assert dz is not None
+        residual = grad if b.residual_is_hidden else None
+        _widen(plan, dz, a.down_weight.t(), residual, dhidden)
+    if b.need_down_weight:
+        sums = _sums(hidden, plan.token_splits[0], r, d)
+        _token_product(plan, hidden, dz, sums.transpose(1, 2))
+        sum_partials(sums, out=ddown_weight)
+    if b.need_up_weight or b.need_up_bias or b.need_scale:
+        splits = plan.token_splits[1]
+        sums = None if down is None else _sums(hidden, splits, n, r)
+        column_sums = _sums(hidden, splits, n) if b.need_up_bias or b.need_scale else None
+        _token_product(plan, grad, down, sums, column_sums, a.gate, _dropout(a))
+        dscales = dscale if dscale.numel() == n else _sums(hidden, n) if b.need_scale else None
+        kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
+            sums, column_sums, splits, a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a),
+            dup_weight if b.need_up_weight else None, dup_bias if b.need_up_bias else None, dscales, r, n,
+            BN=_COLUMNS, BR=plan.block_r, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        if dscales is not None and dscales is not dscale:
+            sum_partials(dscales[:, None], out=dscale)
+    if dbias is not None:
+        sum_partials(dbias, out=ddown_bias)
+    if dgates is not None:
+        sum_partials(dgates, out=dgate)
+
+
+def _narrow(
+    plan: Plan,
+    hidden: torch.Tensor,
+    a: Operands,
+    grad: torch.Tensor | None = None,
+    grad_down: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    dz: torch.Tensor | None = None,
+    dbias: torch.Tensor | None = None,
+    dgate: torch.Tensor | None = None,
+) -> None:
+    """Write those given of down and dz [M, r] and of the partial sums of ddown_bias and dgate.
+
+    The last three come from `grad`.
+    """
+    (m, d), (n, r) = hidden.shape, a.up_weight.shape
+    split, chunks = plan.splits > 1, triton.cdiv(r, plan.block_r)
+    grid = triton.cdiv(m, plan.block_m) * chunks
+    sums = _sums(hidden, plan.splits, 1 if grad is None else 2, m, r) if split else None
+    bias_sums = _sums(hidden, plan.splits, m) if split and dgate is not None else None
+    finishing = (a.down_bias, a.gate, grad_down, _stride(grad_down), down, dz, dbias, dgate)
+    kernels.narrow_kernel[(grid, plan.splits)](
+        hidden, hidden.stride(0), a.down_weight, a.down_weight.stride(0), grad, _stride(grad),
+        a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), *_dropout(a), *finishing, sums, bias_sums,
+        m, d, r, n, _share(d, plan.splits, plan.block_k), _share(n, plan.splits, plan.block_k), chunks,
+        ACTIVATION=a.activation, SPLIT=split, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
+        BR=plan.block_r, STAGES=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if split:
+        kernels.finish_kernel[(grid,)](
+            sums, bias_sums, plan.splits, *finishing, m, r, chunks, ACTIVATION=a.activation,
+            PRODUCTS=1 if grad is None else 2, BM=plan.block_m, BR=plan.block_r, num_warps=plan.warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _widen(
+    plan: Plan,
+    down: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    up: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
+    gate: torch.Tensor | None = None,
+    dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
+) -> None:
+    """out [M, N] = gate D(up) + residual, and up = scale (down weightᵀ + bias), for down [M, r], weight [N, r]."""
+    (m, r), n = down.shape, weight.shape[0]
+    kernels.up_kernel[(triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n),)](
+        down, weight, weight.stride(1), weight.stride(0), bias, *scale, gate, *dropout,
+        residual, _stride(residual), out, up, m, r, n,
+        GROUPED=n % 4 == 0, BM=plan.block_m, BK=min(plan.block_k, plan.block_r), BN=plan.block_n,
+        STAGES=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _token_product(
+    plan: Plan,
+    x: torch.Tensor,
+    p: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    column_sums: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
+) -> None:
+    """sums [S, C, r], any strides, of (gate D'(x))ᵀ p over shares of the tokens; and the sums of its columns."""
+    m, columns = x.shape
+    r = 1 if p is None else p.shape[1]
+    given = column_sums if sums is None else sums
+    assert given is not None
+    splits, chunks = given.shape[0], triton.cdiv(r, plan.block_r)
+    strides = (0, 0) if sums is None else sums.stride()[1:]
+    kernels.token_product_kernel[(triton.cdiv(columns, plan.block_n) * chunks, splits)](
+        x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
+        _share(m, splits, plan.block_k), chunks,
+        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, STAGES=plan.stages,
+        PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _plan(hidden: torch.Tensor, a: Operands) -> Plan:
+    itemsize = max(hidden.itemsize, a.down_weight.itemsize, a.up_weight.itemsize)
+    return make_plan(*hidden.shape, *a.up_weight.shape[::-1], hidden.dtype, itemsize, gpu())
+
+
+def _share(total: int, splits: int, block: int) -> int:
+    """How much of a sum one of `splits` CTAs has: whole blocks."""
+    return triton.cdiv(triton.cdiv(total, block), splits) * block
+
+
+def _scale(a: Operands) -> tuple[torch.Tensor | None, int, float]:
+    """The scale's tensor, its stride, and the factor where there is no tensor."""
+    if a.scale is None:
+        return None, 0, a.scaling
+    return a.scale, int(a.scale.numel() > 1), 1.0
+
+
+def _dropout(a: Operands) -> tuple[torch.Tensor | None, int, float]:
+    """The seed, threshold and scale of dropout; no seed where nothing is dropped."""
+    if a.dropout_p == 0.0:
+        return None, 0, 1.0
+    return a.seed, keep_threshold(a.dropout_p), keep_scale(a.dropout_p)
+
+
+def _prepared(a: Operands) -> Operands:
+    """The same with strides that the kernels take."""
+    vectors = {name: getattr(a, name) for name in ("down_bias", "up_bias", "scale", "gate")}
+    return a._replace(
+        down_weight=_rows(a.down_weight),
+        up_weight=_rows(a.up_weight),
+        **{name: vector.contiguous() for name, vector in vectors.items() if vector is not None},
+    )
+
+
+def _rows(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows are contiguous, whatever their stride."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _stride(matrix: torch.Tensor | None) -> int:
+    return 0 if matrix is None else matrix.stride(0)
+
+
+def _sums(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Room for fp32 partial sums."""
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _check_kernel_dtype(hidden: torch.Tensor) -> None:
+    check_dtype("hidden", hidden, KERNEL_DTYPES, "or leave use_backend('triton') for this call")
