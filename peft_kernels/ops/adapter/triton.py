@@ -22,8 +22,9 @@ from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_thre
 _LINE = 128  # bytes of a row that a tile of a product's operands has: a cache line
 _SCRATCH = 2**25  # bytes that the partial sums of a weight's gradient may take
 _COLUMNS = 16  # of a CTA of up_gradient_kernel
+_CAST_ROWS = 1024  # from which on weights of another dtype are rounded before the kernels
 _CTAS = 2  # a multiprocessor, which splitting aims at
-_STEPS = 8  # of a product that a CTA has at least, when others share it
+_STEPS = 4  # of a product that a CTA has at least, when others share it
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
         block_k: elements that a step of a product sums.
         block_r: units of a tile; the fused kernel has all in one.
         fused_block_n: columns of a step of the fused kernel.
+        finish: rows and units of a tile where products that end in [M, r] are finished.
         splits: CTAs that share the sums over d, and over N, of products that end in [M, r].
         token_splits: CTAs that share the sums over tokens of (dW_d, dW_u).
         warps: of a CTA.
@@ -51,6 +53,7 @@ class Plan:
     block_k: int
     block_r: int
     fused_block_n: int
+    finish: tuple[int, int]
     splits: int
     token_splits: tuple[int, int]
     warps: int
@@ -64,13 +67,13 @@ def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int,
     wanted = _CTAS * gpu.multiprocessors
     padded_r = max(16, triton.next_power_of_2(r))
     single = dtype == torch.float32
-    block_m = min(64, max(16, triton.next_power_of_2(m)))
+    block_m = min(32 if single else 64, max(16, triton.next_power_of_2(m)))
     block_k = _LINE // itemsize
     block_r = min(padded_r, 64)
     # Few rows: hidden stays in the L2 cache between two kernels, which cut d and N up too and fill the GPU.
-    fused = padded_r * dtype.itemsize <= 512 and triton.cdiv(m, 64) >= gpu.multiprocessors
+    fused = padded_r * dtype.itemsize <= 256 and triton.cdiv(m, 64) >= gpu.multiprocessors
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
-    splits = max(1, min(wanted // tiles, max(d, n) // (_STEPS * block_k)))
+    splits = max(1, min(wanted // max(1, tiles), max(d, n) // (_STEPS * block_k)))
 
     def token_splits(columns: int) -> int:
         tiles = triton.cdiv(columns, 64) * triton.cdiv(r, block_r)
@@ -83,12 +86,13 @@ def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int,
         block_n=64,
         block_k=block_k,
         block_r=block_r,
-        fused_block_n=32 if padded_r > 128 or single else 64,
+        fused_block_n=32 if single else 64,
+        finish=(block_m, block_r) if splits == 1 else (16, 16),
         splits=splits,
         token_splits=(token_splits(d), token_splits(n)),
-        warps=4,
-        fused_warps=8 if padded_r > 64 else 4,
-        stages=3,
+        warps=8 if block_m == 64 else 4,
+        fused_warps=4 if single else 8,
+        stages=3 if itemsize == dtype.itemsize else 2,
         precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
     )
 
@@ -100,7 +104,7 @@ def bottleneck_adapter(
     a, need_down, need_up = Operands(*rest[:-2]), rest[-2], rest[-1]
     check_bottleneck_adapter(hidden, residual, a)
     _check_kernel_dtype(hidden)
-    hidden, a = _rows(hidden), _prepared(a)
+    hidden, a = _rows(hidden), _prepared(a, hidden)
     residual = None if residual is None else _rows(residual)
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     plan = _plan(hidden, a)
@@ -113,7 +117,7 @@ def bottleneck_adapter(
             a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), a.gate, *_dropout(a),
             residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
             ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
-            BN=plan.fused_block_n, BR=max(16, triton.next_power_of_2(r)), STAGES=plan.stages,
+            BN=plan.fused_block_n, BR=max(16, triton.next_power_of_2(r)), num_stages=plan.stages,
             PRECISION=plan.precision, num_warps=plan.fused_warps, enable_fp_fusion=True,
         )  # fmt: skip
     elif m:
@@ -152,13 +156,13 @@ def _fill_gradients(
     dgate: torch.Tensor,
 ) -> None:
     """Write the gradients that are needed."""
-    hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands)
+    hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands, b.hidden)
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     plan = _plan(hidden, a)
     down = hidden.new_empty([m, r]) if b.need_up_weight or b.need_scale else None
     dz = hidden.new_empty([m, r]) if b.need_hidden or b.need_down_weight else None
-    dbias = _sums(hidden, triton.cdiv(m, plan.block_m), r) if b.need_down_bias else None
-    dgates = _sums(hidden, triton.cdiv(r, plan.block_r), m) if b.need_gate else None
+    dbias = _sums(hidden, triton.cdiv(m, plan.finish[0]), r) if b.need_down_bias else None
+    dgates = _sums(hidden, triton.cdiv(r, plan.finish[1]), m) if b.need_gate else None
     upstream = any(part is not None for part in (dz, dbias, dgates))
     if upstream or down is not None:
         grad_down = None if b.grad_down is None else _rows(b.grad_down)
@@ -177,8 +181,9 @@ def _fill_gradients(
         column_sums = _sums(hidden, splits, n) if b.need_up_bias or b.need_scale else None
         _token_product(plan, grad, down, sums, column_sums, a.gate, _dropout(a))
         dscales = dscale if dscale.numel() == n else _sums(hidden, n) if b.need_scale else None
+        up_weight = _rows(b.up_weight)
         kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
-            sums, column_sums, splits, a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a),
+            sums, column_sums, splits, up_weight, up_weight.stride(0), a.up_bias, *_scale(a),
             dup_weight if b.need_up_weight else None, dup_bias if b.need_up_bias else None, dscales, r, n,
             BN=_COLUMNS, BR=plan.block_r, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -207,23 +212,23 @@ def _narrow(
     """
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     split, chunks = plan.splits > 1, triton.cdiv(r, plan.block_r)
-    grid = triton.cdiv(m, plan.block_m) * chunks
     sums = _sums(hidden, plan.splits, 1 if grad is None else 2, m, r) if split else None
     bias_sums = _sums(hidden, plan.splits, m) if split and dgate is not None else None
     finishing = (a.down_bias, a.gate, grad_down, _stride(grad_down), down, dz, dbias, dgate)
-    kernels.narrow_kernel[(grid, plan.splits)](
+    kernels.narrow_kernel[(triton.cdiv(m, plan.block_m) * chunks, plan.splits)](
         hidden, hidden.stride(0), a.down_weight, a.down_weight.stride(0), grad, _stride(grad),
         a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), *_dropout(a), *finishing, sums, bias_sums,
         m, d, r, n, _share(d, plan.splits, plan.block_k), _share(n, plan.splits, plan.block_k), chunks,
         ACTIVATION=a.activation, SPLIT=split, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
-        BR=plan.block_r, STAGES=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
+        BR=plan.block_r, num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
         enable_fp_fusion=True,
     )  # fmt: skip
     if split:
-        kernels.finish_kernel[(grid,)](
+        block_m, block_r = plan.finish
+        chunks = triton.cdiv(r, block_r)
+        kernels.finish_kernel[(triton.cdiv(m, block_m) * chunks,)](
             sums, bias_sums, plan.splits, *finishing, m, r, chunks, ACTIVATION=a.activation,
-            PRODUCTS=1 if grad is None else 2, BM=plan.block_m, BR=plan.block_r, num_warps=plan.warps,
-            enable_fp_fusion=True,
+            PRODUCTS=1 if grad is None else 2, BM=block_m, BR=block_r, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -245,7 +250,7 @@ def _widen(
         down, weight, weight.stride(1), weight.stride(0), bias, *scale, gate, *dropout,
         residual, _stride(residual), out, up, m, r, n,
         GROUPED=n % 4 == 0, BM=plan.block_m, BK=min(plan.block_k, plan.block_r), BN=plan.block_n,
-        STAGES=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
+        num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -268,7 +273,7 @@ def _token_product(
     kernels.token_product_kernel[(triton.cdiv(columns, plan.block_n) * chunks, splits)](
         x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
         _share(m, splits, plan.block_k), chunks,
-        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, STAGES=plan.stages,
+        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, num_stages=plan.stages,
         PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -297,12 +302,16 @@ def _dropout(a: Operands) -> tuple[torch.Tensor | None, int, float]:
     return a.seed, keep_threshold(a.dropout_p), keep_scale(a.dropout_p)
 
 
-def _prepared(a: Operands) -> Operands:
-    """The same with strides that the kernels take."""
+def _prepared(a: Operands, hidden: torch.Tensor) -> Operands:
+    """The same with strides that the kernels take, and for many tokens weights in the dtype of hidden.
+
+    The kernels round them to it anyway; doing it once saves every row tile half of their bytes.
+    """
+    dtype = hidden.dtype if hidden.shape[0] >= _CAST_ROWS else None
     vectors = {name: getattr(a, name) for name in ("down_bias", "up_bias", "scale", "gate")}
     return a._replace(
-        down_weight=_rows(a.down_weight),
-        up_weight=_rows(a.up_weight),
+        down_weight=_rows(a.down_weight).to(dtype),
+        up_weight=_rows(a.up_weight).to(dtype),
         **{name: vector.contiguous() for name, vector in vectors.items() if vector is not None},
     )
 

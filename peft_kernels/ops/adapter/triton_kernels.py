@@ -83,10 +83,10 @@ def load_weight(ptr, inner, inner_stride, outer, outer_stride, K, N):
 @triton.jit
 def product(
     acc, x_ptr, x_stride, rows, M, weight_ptr, inner_stride, outer, outer_stride, N, first, last, K,
-    BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + x[rows, first:last] @ weight[outer, first:last]ᵀ, its operands in the dtype of x [M, K]."""
-    for k in tl.range(first, last, BK, num_stages=STAGES):
+    for k in range(first, last, BK):
         inner = k + tl.arange(0, BK)
         x = load_tile(x_ptr, rows, x_stride, inner, M, K)
         weight = load_weight(weight_ptr, inner, inner_stride, outer, outer_stride, K, N).to(x.dtype)
@@ -165,7 +165,7 @@ def narrow_kernel(
     down_bias_ptr, gate_ptr, grad_down_ptr, grad_down_stride, down_ptr, dz_ptr, dbias_ptr, dgate_ptr, sums_ptr, bias_sums_ptr,
     M, d, r, N, d_share, n_share, chunks,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The products that end in [M, r]: z, and with `grad` q = (scale e) W_u; a CTA has a tile of rows and of units.
 
@@ -173,15 +173,10 @@ def narrow_kernel(
     """
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     rows, units = tile * BM + tl.arange(0, BM), chunk * BR + tl.arange(0, BR)
-    z = product(
-        tl.zeros((BM, BR), tl.float32), hidden_ptr, hidden_stride, rows, M,
-        down_weight_ptr, 1, units, down_weight_stride, r,
-        split * d_share, tl.minimum(d, (split + 1) * d_share), d, BK, STAGES, PRECISION,
-    )  # fmt: skip
-    q, by_bias = None, None
+    q, by_bias = None, None  # first, since this loop needs the most registers
     if grad_ptr is not None:
         q, by_bias = tl.zeros((BM, BR), tl.float32), tl.zeros((BM,), tl.float32)
-        for n in tl.range(split * n_share, tl.minimum(N, (split + 1) * n_share), BK, num_stages=STAGES):
+        for n in range(split * n_share, tl.minimum(N, (split + 1) * n_share), BK):
             columns = n + tl.arange(0, BK)
             e = load_tile(grad_ptr, rows, grad_stride, columns, M, N).to(tl.float32)
             e = dropped(e, rows, n, N, seed_ptr, threshold, keep_scale, GROUPED)
@@ -192,14 +187,19 @@ def narrow_kernel(
             weight = load_weight(up_weight_ptr, columns, up_weight_stride, units, 1, N, r)
             dtype: tl.constexpr = hidden_ptr.dtype.element_ty
             q = tl.dot(e.to(dtype), weight.to(dtype), q, input_precision=PRECISION)
-    if SPLIT:
-        PRODUCTS: tl.constexpr = 1 if grad_ptr is None else 2
-        sums_ptr += split.to(tl.int64) * PRODUCTS * M * r
-        store_tile(sums_ptr, z, rows, r, units, M, r)
-        if grad_ptr is not None:
-            store_tile(sums_ptr + tl.cast(M, tl.int64) * r, q, rows, r, units, M, r)
+        if SPLIT:
+            here = sums_ptr + tl.cast(2 * split + 1, tl.int64) * M * r
+            store_tile(here, q, rows, r, units, M, r)
             if dgate_ptr is not None and chunk == 0:
                 tl.store(bias_sums_ptr + split.to(tl.int64) * M + rows, by_bias, mask=rows < M)
+    z = product(
+        tl.zeros((BM, BR), tl.float32), hidden_ptr, hidden_stride, rows, M,
+        down_weight_ptr, 1, units, down_weight_stride, r,
+        split * d_share, tl.minimum(d, (split + 1) * d_share), d, BK, PRECISION,
+    )  # fmt: skip
+    if SPLIT:
+        PRODUCTS: tl.constexpr = 1 if grad_ptr is None else 2
+        store_tile(sums_ptr + tl.cast(PRODUCTS * split, tl.int64) * M * r, z, rows, r, units, M, r)
     else:
         finish_narrow(
             z, q, by_bias, rows, units, tile, chunk, down_bias_ptr, gate_ptr, grad_down_ptr,
@@ -260,7 +260,7 @@ def write_up(
 def up_kernel(
     down_ptr, up_weight_ptr, inner_stride, outer_stride, up_bias_ptr, scale_ptr, scale_stride, scaling,
     gate_ptr, seed_ptr, threshold: tl.uint32, keep_scale, residual_ptr, residual_stride, out_ptr, up_ptr, M, r, N,
-    GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out from down [M, r], a CTA a tile of it. Also dhidden, from dz, W_dᵀ and no more than a residual."""
@@ -269,7 +269,7 @@ def up_kernel(
     rows, columns = tile * BM + tl.arange(0, BM), first_column + tl.arange(0, BN)
     up = product(
         tl.zeros((BM, BN), tl.float32), down_ptr, r, rows, M, up_weight_ptr, inner_stride, columns,
-        outer_stride, N, 0, r, r, BK, STAGES, PRECISION,
+        outer_stride, N, 0, r, r, BK, PRECISION,
     )  # fmt: skip
     write_up(
         up, rows, first_column, up_bias_ptr, scale_ptr, scale_stride, scaling, gate_ptr, seed_ptr, threshold,
@@ -284,13 +284,13 @@ def fused_kernel(
     gate_ptr, seed_ptr, threshold: tl.uint32, keep_scale, residual_ptr, residual_stride,
     out_ptr, down_ptr, up_ptr, M, d, r, N,
     ACTIVATION: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole forward of a tile of rows: down stays in registers, all BR >= r units of it."""
     rows, units = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BR)
     z = product(
         tl.zeros((BM, BR), tl.float32), hidden_ptr, hidden_stride, rows, M,
-        down_weight_ptr, 1, units, down_weight_stride, r, 0, d, d, BK, STAGES, PRECISION,
+        down_weight_ptr, 1, units, down_weight_stride, r, 0, d, d, BK, PRECISION,
     )  # fmt: skip
     if down_bias_ptr is not None:
         z += tl.load(down_bias_ptr + units, mask=units < r, other=0.0).to(tl.float32)[None, :]
@@ -301,7 +301,7 @@ def fused_kernel(
         store_tile(down_ptr, down, rows, r, units, M, r)
     # From the last columns to the first: those of hidden, where it is the residual, are still in the L2 cache.
     tiles = tl.cdiv(N, BN)
-    for i in tl.range(0, tiles, num_stages=STAGES):
+    for i in range(0, tiles):
         first_column = (tiles - 1 - i) * BN
         columns = first_column + tl.arange(0, BN)
         weight = load_weight(up_weight_ptr, units, 1, columns, up_weight_stride, r, N).to(dtype)
@@ -316,7 +316,7 @@ def fused_kernel(
 def token_product_kernel(
     x_ptr, x_stride, gate_ptr, seed_ptr, threshold: tl.uint32, keep_scale, p_ptr, sums_ptr, column_stride,
     unit_stride, column_sums_ptr, M, C, r, share, chunks,
-    GROUPED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    GROUPED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(gate D'(x))ᵀ p for x [M, C] and p [M, r], summed over a share of the tokens: sums [S, C, r], by strides.
@@ -326,7 +326,7 @@ def token_product_kernel(
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     columns, units = tile * BC + tl.arange(0, BC), chunk * BR + tl.arange(0, BR)
     total, column_sums = tl.zeros((BC, BR), tl.float32), tl.zeros((BC,), tl.float32)
-    for t in tl.range(split * share, tl.minimum(M, (split + 1) * share), BT, num_stages=STAGES):
+    for t in range(split * share, tl.minimum(M, (split + 1) * share), BT):
         rows = t + tl.arange(0, BT)
         x = load_tile(x_ptr, rows, x_stride, columns, M, C)
         if gate_ptr is not None or seed_ptr is not None:
