@@ -34,7 +34,7 @@ def define_op(op_name: str, signature: str, triton: str | None = None) -> None:
     Args:
         op_name: of the op.
         signature: its schema, without the name.
-        triton: module with a function `op_name` that launches Triton kernels. It is imported by its first call.
+        triton: module with a function `op_name` that launches Triton kernels, imported by its first call.
     """
     for overload in _overloads(op_name):
         torch.library.define(overload, signature)

@@ -21,19 +21,22 @@ def _sum_kernel(partials_ptr, out_ptr, count, n, scale, ROWS: tl.constexpr, COLU
     tl.store(out_ptr + columns, result.to(out_ptr.dtype.element_ty), mask=columns < n)
 
 
-def sum_partials(partials: torch.Tensor, *, out: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """out = scale * Σ_s partials[s], summed in fp32 and rounded once.
+def sum_partials(
+    partials: torch.Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> torch.Tensor:
+    """scale * Σ_s partials[s], summed in fp32 and rounded once.
 
     The order of the sum depends on the shape of `partials` alone.
 
     Args:
         partials: [S, ...], contiguous, float32; S may be 0.
-        out: [...], contiguous, any float dtype; it is written.
+        dtype: of the result.
         scale: factor; it is rounded to fp32.
 
     Returns:
-        `out`.
+        [...] in `dtype`.
     """
+    out = partials.new_empty(partials.shape[1:], dtype=dtype)
     count, n = partials.shape[0], out.numel()
     if n:
         # Few columns a CTA where there are few columns: there are then CTAs for about every multiprocessor.

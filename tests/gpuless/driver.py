@@ -75,6 +75,7 @@ class EmulatedGPU:
     arch: int
     execute: bool
     strict: bool
+    counts: bool
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -125,8 +126,12 @@ class _Launcher:
         )  # fmt: skip
         gpu.launches.append(record)
         if gpu.execute and x * y * z:
-            arguments = [value for value, is_one in zip(bound, self._is_argument, strict=True) if is_one]
-            record.result = launch(ptx, (x, y, z), arguments, shared=metadata.shared, strict=gpu.strict)
+            named = zip(self._source.signature, bound, self._is_argument, strict=True)
+            given = {name: value for name, value, is_one in named if is_one}
+            record.result = launch(
+                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared, strict=gpu.strict,
+                counts=gpu.counts,
+            )  # fmt: skip
 
 
 class EmulatedDriver(DriverBase):
@@ -167,21 +172,30 @@ class EmulatedDriver(DriverBase):
         return run_once
 
 
+@torch.library.impl("aten::mm.dtype", "CPU")
+def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """What CUDA has and the CPU lacks: a product of 16-bit operands that is not rounded to 16 bits."""
+    return torch.mm(left.to(out_dtype), right.to(out_dtype))
+
+
 @contextlib.contextmanager
-def device(arch: int, *, execute: bool = True, strict: bool = True) -> Iterator[EmulatedGPU]:
+def device(
+    arch: int, *, execute: bool = True, strict: bool = True, counts: bool = False
+) -> Iterator[EmulatedGPU]:
     """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.
 
     Args:
         arch: 80, 86, 89, 90 or 120; 100 with execute=False only.
         execute: False compiles and records the launches without running them: tensors may then be large.
         strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
+        counts: count instructions, memory transactions and bytes of every launch (slower).
 
     Yields:
         The device, with the list of its launches.
     """
     if arch not in MODELS:
         raise ValueError(f"arch must be one of {', '.join(map(str, MODELS))}, got {arch}")
-    gpu, config = EmulatedGPU(arch, execute, strict), triton.runtime.driver
+    gpu, config = EmulatedGPU(arch, execute, strict, counts), triton.runtime.driver
     before, nvidia = config._active, backends["nvidia"]
     backends["nvidia"] = Backend(_PtxCompiler, nvidia.driver)
     config.set_active(EmulatedDriver(gpu))

@@ -136,63 +136,69 @@ def bottleneck_adapter_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     b = BackwardArgs(*args)
     check_bottleneck_adapter_backward(b)
     _check_kernel_dtype(b.hidden)
-    results = [
+    wanted = differentiated(b)
+    gradients = _gradients(b) if b.hidden.shape[0] and any(needed for _, needed in wanted) else [None] * 7
+    return tuple(
         (b.hidden if of is None else of).new_zeros(of.shape if needed and of is not None else 0)
-        for of, needed in differentiated(b)
-    ]
-    if b.hidden.shape[0] and any(needed for _, needed in differentiated(b)):
-        _fill_gradients(b, *results)
-    return tuple(results)
+        if gradient is None
+        else gradient
+        for gradient, (of, needed) in zip(gradients, wanted, strict=True)
+    )
 
 
-def _fill_gradients(
-    b: BackwardArgs,
-    dhidden: torch.Tensor,
-    ddown_weight: torch.Tensor,
-    ddown_bias: torch.Tensor,
-    dup_weight: torch.Tensor,
-    dup_bias: torch.Tensor,
-    dscale: torch.Tensor,
-    dgate: torch.Tensor,
-) -> None:
-    """Write the gradients that are needed."""
+def _gradients(b: BackwardArgs) -> list[torch.Tensor | None]:
+    """The gradients that are needed, in the order of the op's results, of at least one token."""
     hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands, b.hidden)
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     plan = _plan(hidden, a)
     down = hidden.new_empty([m, r]) if b.need_up_weight or b.need_scale else None
     dz = hidden.new_empty([m, r]) if b.need_hidden or b.need_down_weight else None
-    dbias = _sums(hidden, triton.cdiv(m, plan.finish[0]), r) if b.need_down_bias else None
+    dbiases = _sums(hidden, triton.cdiv(m, plan.finish[0]), r) if b.need_down_bias else None
     dgates = _sums(hidden, triton.cdiv(r, plan.finish[1]), m) if b.need_gate else None
-    upstream = any(part is not None for part in (dz, dbias, dgates))
+    upstream = any(part is not None for part in (dz, dbiases, dgates))
     if upstream or down is not None:
         grad_down = None if b.grad_down is None else _rows(b.grad_down)
-        _narrow(plan, hidden, a, grad if upstream else None, grad_down, down, dz, dbias, dgates)
+        _narrow(plan, hidden, a, grad if upstream else None, grad_down, down, dz, dbiases, dgates)
+    dhidden = ddown_weight = None
     if b.need_hidden:
         assert dz is not None
-        residual = grad if b.residual_is_hidden else None
-        _widen(plan, dz, a.down_weight.t(), residual, dhidden)
+        dhidden = hidden.new_empty([m, d])
+        _widen(plan, dz, a.down_weight.t(), grad if b.residual_is_hidden else None, dhidden)
     if b.need_down_weight:
         sums = _sums(hidden, plan.token_splits[0], r, d)
         _token_product(plan, hidden, dz, sums.transpose(1, 2))
-        sum_partials(sums, out=ddown_weight)
-    if b.need_up_weight or b.need_up_bias or b.need_scale:
-        splits = plan.token_splits[1]
-        sums = None if down is None else _sums(hidden, splits, n, r)
-        column_sums = _sums(hidden, splits, n) if b.need_up_bias or b.need_scale else None
-        _token_product(plan, grad, down, sums, column_sums, a.gate, _dropout(a))
-        dscales = dscale if dscale.numel() == n else _sums(hidden, n) if b.need_scale else None
-        up_weight = _rows(b.up_weight)
-        kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
-            sums, column_sums, splits, up_weight, up_weight.stride(0), a.up_bias, *_scale(a),
-            dup_weight if b.need_up_weight else None, dup_bias if b.need_up_bias else None, dscales, r, n,
-            BN=_COLUMNS, BR=plan.block_r, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        if dscales is not None and dscales is not dscale:
-            sum_partials(dscales[:, None], out=dscale)
-    if dbias is not None:
-        sum_partials(dbias, out=ddown_bias)
-    if dgates is not None:
-        sum_partials(dgates, out=dgate)
+        ddown_weight = sum_partials(sums, b.down_weight.dtype)
+    return [
+        dhidden,
+        ddown_weight,
+        None if dbiases is None or b.down_bias is None else sum_partials(dbiases, b.down_bias.dtype),
+        *_up_gradients(b, plan, grad, down, a),
+        None if dgates is None or b.gate is None else sum_partials(dgates, b.gate.dtype),
+    ]
+
+
+def _up_gradients(
+    b: BackwardArgs, plan: Plan, grad: torch.Tensor, down: torch.Tensor | None, a: Operands
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of up_weight, up_bias and scale, where they are needed."""
+    if not (b.need_up_weight or b.need_up_bias or b.need_scale):
+        return None, None, None
+    (n, r), splits = b.up_weight.shape, plan.token_splits[1]
+    sums = None if down is None else _sums(grad, splits, n, r)
+    column_sums = _sums(grad, splits, n) if b.need_up_bias or b.need_scale else None
+    _token_product(plan, grad, down, sums, column_sums, a.gate, _dropout(a))
+    weight, bias, scale = _rows(b.up_weight), b.up_bias, b.scale
+    dweight = weight.new_empty([n, r]) if b.need_up_weight else None
+    dbias = bias.new_empty([n]) if b.need_up_bias and bias is not None else None
+    dscale = _sums(grad, n) if b.need_scale else None
+    kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
+        sums, column_sums, splits, weight, weight.stride(0), a.up_bias, *_scale(a), dweight, dbias, dscale,
+        r, n, BN=_COLUMNS, BR=plan.block_r, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    if dscale is not None and scale is not None:
+        # One number is a sum over the columns, [N] a sum of one part.
+        dscale = sum_partials(dscale.view(-1, scale.numel()), scale.dtype)
+    return dweight, dbias, dscale
 
 
 def _narrow(

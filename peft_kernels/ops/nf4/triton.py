@@ -1,5 +1,6 @@
 """Triton kernels of the NF4 codec, and `decode`, with which other families read NF4 weights."""
 
+import itertools
 import math
 import struct
 from typing import Any
@@ -22,7 +23,7 @@ _TINY = tl.constexpr(1e-38)
 _MIDPOINTS = tl.constexpr(
     tuple(
         float(torch.tensor(low, dtype=torch.float32).add(high).div(2))
-        for low, high in zip(NF4_CODE, NF4_CODE[1:], strict=False)
+        for low, high in itertools.pairwise(NF4_CODE)
     )
 )
 _CODE = tl.constexpr(NF4_CODE)
@@ -37,19 +38,19 @@ def _lane_code_ptx() -> str:
 
     With it, a shuffle from lane i looks up code i.
     """
-    lines = [".reg .u32 lane, bit; .reg .pred set; .reg .b32 c<16>; mov.u32 lane, %laneid;"]
+    lines = [".reg .u32 lane, bit; .reg .pred set; .reg .b32 %c<8>; mov.u32 lane, %laneid;"]
     values = [_bits(code) for code in NF4_CODE]
     for level in range(4):
         lines.append(f"and.b32 bit, lane, {1 << level}; setp.ne.u32 set, bit, 0;")
         for i in range(len(values) // 2):
-            lines.append(f"selp.b32 c{i}, {values[2 * i + 1]}, {values[2 * i]}, set;")
-        values = [f"c{i}" for i in range(len(values) // 2)]
-    return "{ " + " ".join(lines) + " mov.b32 $0, c0; }"
+            lines.append(f"selp.b32 %c{i}, {values[2 * i + 1]}, {values[2 * i]}, set;")
+        values = [f"%c{i}" for i in range(len(values) // 2)]
+    return "{ " + " ".join(lines) + " mov.b32 $0, %c0; }"
 
 
 _LANE_CODE_PTX = tl.constexpr(_lane_code_ptx())
-# Four bytes in $8, so eight codes: $0..$3 of the high nibbles, $4..$7 of the low. A shuffle reads five bits of the
-# lane's number, and lanes 16 to 31 repeat the table: nothing needs to be masked.
+# Four bytes in $8, so eight codes: $0..$3 of the high nibbles, $4..$7 of the low. A shuffle reads five bits of
+# the lane's number, and lanes 16 to 31 repeat the table: nothing needs to be masked.
 _SHUFFLE_PTX = tl.constexpr(
     "{ .reg .u32 index; "
     + " ".join(
@@ -101,7 +102,7 @@ def load_absmax(
 ):
     """fp32 absmax of the blocks `index`; NESTED is the nested blocksize, 0 where absmax is stored as fp32.
 
-    A nested absmax is code * absmax2 + offset, rounded twice: kernels that call this are compiled without fusion.
+    A nested absmax is code * absmax2 + offset, rounded twice: compile kernels that call this without fusion.
     """
     absmax = tl.load(absmax_ptr + index, mask=mask, other=0)
     if NESTED:
@@ -209,7 +210,8 @@ def nf4_dequantize(*args: Any) -> torch.Tensor:
 
 def contiguous(base: BaseWeight) -> BaseWeight:
     """The same weight, with parts that kernels can index by one number."""
-    return BaseWeight(*(part.contiguous() if isinstance(part, torch.Tensor) else part for part in base))
+    parts: list[Any] = [part.contiguous() if isinstance(part, torch.Tensor) else part for part in base]
+    return BaseWeight(*parts)
 
 
 def nested_blocksize(base: BaseWeight) -> int:

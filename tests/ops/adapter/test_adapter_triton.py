@@ -16,7 +16,6 @@ from peft_kernels.core.gpu import GPU
 from peft_kernels.ops.adapter import triton as launchers
 from peft_kernels.ops.adapter.schema import ACTIVATIONS
 
-ARCHS = [80, 90, 120]
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [
     (FLOAT32, FLOAT32),
@@ -26,12 +25,6 @@ DTYPES = [
     (FLOAT16, FLOAT16),
 ]
 PLANS = ["fused", "split", "whole"]
-
-
-@pytest.fixture(params=ARCHS)
-def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedGPU]:
-    with gpuless.device(request.param) as device, pk.use_backend("triton"):
-        yield device
 
 
 @pytest.fixture

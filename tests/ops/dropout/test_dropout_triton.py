@@ -1,14 +1,12 @@
 """The Triton kernel of `philox_dropout` on emulated GPUs, and the mask that other kernels draw with it."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-import gpuless
 import peft_kernels as pk
 from gpuless.driver import EmulatedGPU
 from peft_kernels.ops.dropout.reference import philox4x32
@@ -17,12 +15,6 @@ from peft_kernels.ops.dropout.triton import TILE, keep_scale, keep_threshold, ke
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (0, 2**32 - 1, 2**63 - 1, -1, -(2**63))
 dropout = pk.functional.philox_dropout
-
-
-@pytest.fixture(params=[80, 90, 120])
-def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedGPU]:
-    with gpuless.device(request.param) as device, pk.use_backend("triton"):
-        yield device
 
 
 def bits(y: torch.Tensor) -> list[int]:
