@@ -19,6 +19,9 @@ from peft_kernels.ops.adapter.schema import (
 )
 from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_threshold
 
+# No contraction: x y + (the same of another lane), fused, differs in the last bit from lane to lane, and so would
+# the copies of a row's sum that lanes hold.
+_OPTIONS = {"enable_fp_fusion": False}
 _LINE = 128  # bytes of a row that a tile of a product's operands has: a cache line
 _SCRATCH = 2**25  # bytes that the partial sums of a weight's gradient may take
 _COLUMNS = 16  # of a CTA of up_gradient_kernel
@@ -118,7 +121,7 @@ def bottleneck_adapter(
             residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
             ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
             BN=plan.fused_block_n, BR=max(16, triton.next_power_of_2(r)), num_stages=plan.stages,
-            PRECISION=plan.precision, num_warps=plan.fused_warps, enable_fp_fusion=True,
+            PRECISION=plan.precision, num_warps=plan.fused_warps, **_OPTIONS,
         )  # fmt: skip
     elif m:
         assert down is not None
@@ -149,7 +152,7 @@ def bottleneck_adapter_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 def _gradients(b: BackwardArgs) -> list[torch.Tensor | None]:
     """The gradients that are needed, in the order of the op's results, of at least one token."""
     hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands, b.hidden)
-    (m, d), (n, r) = hidden.shape, a.up_weight.shape
+    (m, d), r = hidden.shape, a.up_weight.shape[1]
     plan = _plan(hidden, a)
     down = hidden.new_empty([m, r]) if b.need_up_weight or b.need_scale else None
     dz = hidden.new_empty([m, r]) if b.need_hidden or b.need_down_weight else None
@@ -193,7 +196,7 @@ def _up_gradients(
     dscale = _sums(grad, n) if b.need_scale else None
     kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
         sums, column_sums, splits, weight, weight.stride(0), a.up_bias, *_scale(a), dweight, dbias, dscale,
-        r, n, BN=_COLUMNS, BR=plan.block_r, num_warps=4, enable_fp_fusion=True,
+        r, n, BN=_COLUMNS, BR=plan.block_r, num_warps=4, **_OPTIONS,
     )  # fmt: skip
     if dscale is not None and scale is not None:
         # One number is a sum over the columns, [N] a sum of one part.
@@ -227,14 +230,14 @@ def _narrow(
         m, d, r, n, _share(d, plan.splits, plan.block_k), _share(n, plan.splits, plan.block_k), chunks,
         ACTIVATION=a.activation, SPLIT=split, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
         BR=plan.block_r, num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
-        enable_fp_fusion=True,
+        **_OPTIONS,
     )  # fmt: skip
     if split:
         block_m, block_r = plan.finish
         chunks = triton.cdiv(r, block_r)
         kernels.finish_kernel[(triton.cdiv(m, block_m) * chunks,)](
             sums, bias_sums, plan.splits, *finishing, m, r, chunks, ACTIVATION=a.activation,
-            PRODUCTS=1 if grad is None else 2, BM=block_m, BR=block_r, num_warps=1, enable_fp_fusion=True,
+            PRODUCTS=1 if grad is None else 2, BM=block_m, BR=block_r, num_warps=1, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -250,13 +253,13 @@ def _widen(
     gate: torch.Tensor | None = None,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
 ) -> None:
-    """out [M, N] = gate D(up) + residual, and up = scale (down weightᵀ + bias), for down [M, r], weight [N, r]."""
+    """out = gate D(up) + residual and up = scale (down weightᵀ + bias), [M, N]; down [M, r], weight [N, r]."""
     (m, r), n = down.shape, weight.shape[0]
     kernels.up_kernel[(triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n),)](
         down, weight, weight.stride(1), weight.stride(0), bias, *scale, gate, *dropout,
         residual, _stride(residual), out, up, m, r, n,
         GROUPED=n % 4 == 0, BM=plan.block_m, BK=min(plan.block_k, plan.block_r), BN=plan.block_n,
-        num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
+        num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -269,7 +272,7 @@ def _token_product(
     gate: torch.Tensor | None = None,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
 ) -> None:
-    """sums [S, C, r], any strides, of (gate D'(x))ᵀ p over shares of the tokens; and the sums of its columns."""
+    """Shares of (gate D'(x))ᵀ p, into sums [S, C, r] of any strides; and of the sums of gate D'(x)'s columns."""
     m, columns = x.shape
     r = 1 if p is None else p.shape[1]
     given = column_sums if sums is None else sums
@@ -280,13 +283,14 @@ def _token_product(
         x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
         _share(m, splits, plan.block_k), chunks,
         GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, num_stages=plan.stages,
-        PRECISION=plan.precision, num_warps=plan.warps, enable_fp_fusion=True,
+        PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
     )  # fmt: skip
 
 
 def _plan(hidden: torch.Tensor, a: Operands) -> Plan:
+    (m, d), (n, r) = hidden.shape, a.up_weight.shape
     itemsize = max(hidden.itemsize, a.down_weight.itemsize, a.up_weight.itemsize)
-    return make_plan(*hidden.shape, *a.up_weight.shape[::-1], hidden.dtype, itemsize, gpu())
+    return make_plan(m, d, r, n, hidden.dtype, itemsize, gpu())
 
 
 def _share(total: int, splits: int, block: int) -> int:

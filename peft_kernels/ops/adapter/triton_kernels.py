@@ -1,8 +1,8 @@
-"""Triton kernels of the bottleneck adapter: the steps that its two ops are made of. README.md says which and why.
+"""Triton kernels of the bottleneck adapter: the steps that its two ops are made of; README.md says which.
 
-Names: h hidden [M, d], W_d [r, d], W_u [N, r]; z = h W_dᵀ + b_d, down = f(z); e = D'(dL/dout) [M, N]. Row strides
-are arguments; the other dimension of a matrix is contiguous, but for weights, which have two strides: the same code
-multiplies by a weight and by its transpose. Arguments that may be None are compiled away where they are.
+Names: h hidden [M, d], W_d [r, d], W_u [N, r]; z = h W_dᵀ + b_d, down = f(z); e = D'(dL/dout) [M, N]. Rows of a
+matrix are contiguous, and their stride is an argument. Weights have two strides where the same code multiplies
+by one and by the transpose of the other. Arguments may be None, and then all that needs them is compiled away.
 """
 
 import triton
@@ -106,7 +106,7 @@ def dropped(x, rows, first_column, columns, seed_ptr, threshold, keep_scale, GRO
 
 @triton.jit
 def factor_of(scale_ptr, scale_stride, scaling, columns, N):
-    """fp32 factor of each column: `scale` with stride 1, or 0 if it is one number, or `scaling` without it."""
+    """fp32 factor of each column: `scale`, of stride 0 where it is one number, or `scaling` without it."""
     if scale_ptr is None:
         factor = tl.zeros(columns.shape, tl.float32) + scaling
     else:
@@ -129,8 +129,8 @@ def finish_narrow(
 ):  # fmt: skip
     """down [M, r] from z without its bias; and, given q = (scale e) W_u [M, r], all that comes of it.
 
-    dz [M, r]; of ddown_bias a partial sum for every tile of rows [T, r]; of dgate one for every chunk of units
-    [chunks, M], the first with `by_bias`, (scale e) b_u [M].
+    dz [M, r]; of ddown_bias a partial sum for every tile of rows [T, r]; of dgate one for every chunk of
+    units [chunks, M], the first with `by_bias`, (scale e) b_u [M].
     """
     inside = (units < r)[None, :]
     if down_bias_ptr is not None:
@@ -162,14 +162,15 @@ def narrow_kernel(
     hidden_ptr, hidden_stride, down_weight_ptr, down_weight_stride,
     grad_ptr, grad_stride, up_weight_ptr, up_weight_stride, up_bias_ptr,
     scale_ptr, scale_stride, scaling, seed_ptr, threshold: tl.uint32, keep_scale,
-    down_bias_ptr, gate_ptr, grad_down_ptr, grad_down_stride, down_ptr, dz_ptr, dbias_ptr, dgate_ptr, sums_ptr, bias_sums_ptr,
-    M, d, r, N, d_share, n_share, chunks,
+    down_bias_ptr, gate_ptr, grad_down_ptr, grad_down_stride, down_ptr, dz_ptr, dbias_ptr, dgate_ptr,
+    sums_ptr, bias_sums_ptr, M, d, r, N, d_share, n_share, chunks,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The products that end in [M, r]: z, and with `grad` q = (scale e) W_u; a CTA has a tile of rows and of units.
+    """The products that end in [M, r], z and, with `grad`, q = (scale e) W_u, and all that comes of them.
 
-    With SPLIT a CTA sums only its share of d and of N, for `finish_kernel` to add up: sums [S, 1 or 2, M, r].
+    A CTA has a tile of rows and of units. With SPLIT it sums only its share of d and of N, for
+    `finish_kernel` to add up: sums [S, 1 or 2, M, r].
     """
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     rows, units = tile * BM + tl.arange(0, BM), chunk * BR + tl.arange(0, BR)
@@ -259,8 +260,8 @@ def write_up(
 @triton.jit(do_not_specialize=["threshold"])
 def up_kernel(
     down_ptr, up_weight_ptr, inner_stride, outer_stride, up_bias_ptr, scale_ptr, scale_stride, scaling,
-    gate_ptr, seed_ptr, threshold: tl.uint32, keep_scale, residual_ptr, residual_stride, out_ptr, up_ptr, M, r, N,
-    GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    gate_ptr, seed_ptr, threshold: tl.uint32, keep_scale, residual_ptr, residual_stride, out_ptr, up_ptr,
+    M, r, N, GROUPED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out from down [M, r], a CTA a tile of it. Also dhidden, from dz, W_dᵀ and no more than a residual."""
@@ -299,9 +300,9 @@ def fused_kernel(
     down = tl.where((units < r)[None, :], activate(z, ACTIVATION), 0.0).to(dtype)
     if down_ptr is not None:
         store_tile(down_ptr, down, rows, r, units, M, r)
-    # From the last columns to the first: those of hidden, where it is the residual, are still in the L2 cache.
+    # From the last columns to the first: where hidden is the residual, its last are still in the L2 cache.
     tiles = tl.cdiv(N, BN)
-    for i in range(0, tiles):
+    for i in range(tiles):
         first_column = (tiles - 1 - i) * BN
         columns = first_column + tl.arange(0, BN)
         weight = load_weight(up_weight_ptr, units, 1, columns, up_weight_stride, r, N).to(dtype)
@@ -319,7 +320,7 @@ def token_product_kernel(
     GROUPED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(gate D'(x))ᵀ p for x [M, C] and p [M, r], summed over a share of the tokens: sums [S, C, r], by strides.
+    """(gate D'(x))ᵀ p of x [M, C] and p [M, r], summed over shares of the tokens: sums [S, C, r], two strides.
 
     And, into column_sums [S, C], the sums of the columns of gate D'(x).
     """
