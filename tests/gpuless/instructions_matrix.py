@@ -90,7 +90,7 @@ def _store_matrix(m: Machine, ins: Instruction) -> Closure:
         shared.write(ins, *shared.granules(index, kept, 16))
         if m.counts:
             m.counts.shared_access(ins, address(lanes), lanes, 16, m.lanes, rows=True)
-        shared.rows(2, 16)[index // 16] = tiles.reshape(m.lanes, 8)[everyone(kept, m.lanes)]
+        shared.put(ins, index, kept, 16, tiles.reshape(m.lanes, 8)[everyone(kept, m.lanes)])
 
     return run
 

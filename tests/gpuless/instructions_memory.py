@@ -154,10 +154,10 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
         def wait() -> None:
             if everything:
                 copies.commit(m.active.lanes)
-            for (index, values, lanes, size), chosen in copies.wait(m.active.mask, leave):
+            for (copy, index, values, lanes, size), chosen in copies.wait(m.active.mask, leave):
                 if chosen is not None:
                     index, values, lanes = index[chosen], values[chosen], lanes[chosen]
-                shared.finish_copy(index, lanes, size, values)
+                shared.finish_copy(copy, index, lanes, size, values)
 
         return wait
 
@@ -188,7 +188,7 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
             if np.count_nonzero((count != 0) & (count != size)):
                 octets = values.view(np.uint8)
                 octets[np.arange(size) >= count[:, None]] = 0
-        copies.issue((index, values, kept, size), kept, ins)
+        copies.issue((ins, index, values, kept, size), kept, ins)
 
     return copy
 

@@ -275,13 +275,20 @@ class _Body:
         if not match:
             raise ParseError(statement)
         for item in match[2].split(","):
-            name = item.strip().split("<")[0]
+            name = re.sub(r"<\d+>", "<>", item.strip())
             if len(self.scopes) > 1:
                 self.scopes[-1][name] = f"{name}@{len(self.instructions)}"
-            self.widths[self._resolve(name) + ("<>" if "<" in item else "")] = type_bits(match[1])
+            self.widths[self._resolve(name)] = type_bits(match[1])
 
     def _resolve(self, name: str) -> str:
-        return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)
+        """The unique name of a register or label here."""
+        family, digits = re.fullmatch(r"(.*?)(\d*)", name).groups()
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+            if digits and f"{family}<>" in scope:
+                return scope[f"{family}<>"].replace("<>", digits)
+        return name
 
     def _rename(self, operand: str) -> str:
         if len(self.scopes) == 1:
@@ -309,8 +316,7 @@ def _constant(text: str, size: int) -> bytes:
 
 def _assign_slots(program: Program, widths: dict[str, int]) -> None:
     def width(name: str) -> int | None:
-        family = re.match(r"(%?[A-Za-z_$]+?)\d+$", name)
-        return widths.get(name) or (widths.get(family[1] + "<>") if family else None)
+        return widths.get(name) or widths.get(re.sub(r"\d+(?=@|$)", "<>", name, count=1))
 
     for ins in program.instructions:
         for name in re.findall(r"[%$A-Za-z_][$\w@]*", " ".join((ins.guard or "", *ins.operands))):
