@@ -7,6 +7,7 @@ PTX demands, keeps every access on whole granules.
 from __future__ import annotations
 
 import bisect
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -650,6 +651,8 @@ def written(program: Program, reach: dict[int, frozenset[str]]) -> frozenset[str
     )
 
 
+_NAME = re.compile(r"[%$A-Za-z_][\w$@.]*")
+
+
 def _names(operand: str) -> list[str]:
-    words = operand.replace("{", " ").replace("}", " ").replace("[", " ").replace("]", " ")
-    return [w for w in words.replace(",", " ").replace("+", " ").replace("|", " ").split() if not w[0].isdigit()]
+    return _NAME.findall(operand)

@@ -6,6 +6,7 @@ that it calls are not.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ class ParseError(ValueError):
     """The text is not the PTX that this parser knows; the message quotes the line."""
 
 
+@functools.cache
+def _is_type(modifier: str) -> bool:
+    return _TYPE.fullmatch(modifier) is not None
+
+
+@functools.cache
 def type_bits(name: str) -> int:
     """Width of a value of PTX type `name` in bits."""
     return _PACKED.get(name) or int(re.sub(r"\D", "", name))
@@ -215,8 +222,10 @@ class _Body:
 
     def read(self, text: str, start: int, end: int) -> None:
         position, source = start, ""
+        newlines = [m.start() for m in re.finditer("\n", text)]
+        blank = re.compile(r"\s*")
         token = re.compile(r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)")
-        while text[position:end].strip():
+        while not blank.fullmatch(text, position, end):
             match = token.match(text, position, end)
             if not match:
                 raise ParseError(f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}")
@@ -232,10 +241,10 @@ class _Body:
                     self.scopes[-1][label] = f"{label}@{len(self.instructions)}"
                 self.labels[self._resolve(label)] = len(self.instructions)
             elif match[6].strip():
-                self._statement(match[6].strip(), text.count("\n", 0, match.end()) + 1, source, match)
+                self._statement(match[6].strip(), bisect.bisect_left(newlines, match.end()) + 1, source)
             position = match.end()
 
-    def _statement(self, statement: str, line: int, source: str, match: re.Match[str]) -> None:
+    def _statement(self, statement: str, line: int, source: str) -> None:
         if statement.startswith("."):
             directive = statement.split()[0]
             if directive == ".reg":
@@ -263,7 +272,7 @@ class _Body:
                 source=source,
                 opcode=opcode,
                 modifiers=tuple(modifiers),
-                types=tuple(m for m in modifiers if _TYPE.fullmatch(m)),
+                types=tuple(m for m in modifiers if _is_type(m)),
                 operands=operands,
                 guard=self._resolve(guard) if guard else None,
                 negated=negated == "!",
@@ -282,6 +291,8 @@ class _Body:
 
     def _resolve(self, name: str) -> str:
         """The unique name of a register or label here."""
+        if len(self.scopes) == 1:
+            return name
         family, digits = re.fullmatch(r"(.*?)(\d*)", name).groups()
         for scope in reversed(self.scopes):
             if name in scope:
