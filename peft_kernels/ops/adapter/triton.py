@@ -1,13 +1,12 @@
-"""Launchers of the bottleneck adapter's Triton kernels, and the plan that says how a problem is cut up."""
+"""Launchers of the bottleneck adapter's Triton kernels."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
 from peft_kernels.core.checks import check_dtype
-from peft_kernels.core.gpu import GPU, gpu
+from peft_kernels.core.gpu import gpu
 from peft_kernels.core.triton_reduce import sum_partials
 from peft_kernels.ops.adapter import triton_kernels as kernels
 from peft_kernels.ops.adapter.schema import (
@@ -17,87 +16,14 @@ from peft_kernels.ops.adapter.schema import (
     check_bottleneck_adapter_backward,
     differentiated,
 )
+from peft_kernels.ops.adapter.triton_plan import Plan, make_plan, padded, share
 from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_threshold
 
-# No contraction: x y + (the same of another lane), fused, differs in the last bit from lane to lane, and so would
-# the copies of a row's sum that lanes hold.
+# No contraction: x y + (the same of another lane), fused, differs in its last bit from lane to lane, and so
+# would the copies of a sum that several lanes hold.
 _OPTIONS = {"enable_fp_fusion": False}
-_LINE = 128  # bytes of a row that a tile of a product's operands has: a cache line
-_SCRATCH = 2**25  # bytes that the partial sums of a weight's gradient may take
-_COLUMNS = 16  # of a CTA of up_gradient_kernel
+_COLUMNS, _UNITS = 16, 64  # of a tile of up_gradient_kernel
 _CAST_ROWS = 1024  # from which on weights of another dtype are rounded before the kernels
-_CTAS = 2  # a multiprocessor, which splitting aims at
-_STEPS = 4  # of a product that a CTA has at least, when others share it
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a bottleneck adapter is cut up on a GPU.
-
-    Attributes:
-        fused: the forward is one kernel, whose CTAs have `block_m` whole rows.
-        block_m: rows of a tile.
-        block_n: columns of a tile.
-        block_k: elements that a step of a product sums.
-        block_r: units of a tile; the fused kernel has all in one.
-        fused_block_n: columns of a step of the fused kernel.
-        finish: rows and units of a tile where products that end in [M, r] are finished.
-        splits: CTAs that share the sums over d, and over N, of products that end in [M, r].
-        token_splits: CTAs that share the sums over tokens of (dW_d, dW_u).
-        warps: of a CTA.
-        fused_warps: of a CTA of the fused kernel.
-        stages: of the pipelines of loads.
-        precision: of products of fp32.
-    """
-
-    fused: bool
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    fused_block_n: int
-    finish: tuple[int, int]
-    splits: int
-    token_splits: tuple[int, int]
-    warps: int
-    fused_warps: int
-    stages: int
-    precision: str
-
-
-def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int, gpu: GPU) -> Plan:
-    """The plan for hidden [m, d] of `dtype` and weights [r, d] and [n, r] of `itemsize` bytes an element."""
-    wanted = _CTAS * gpu.multiprocessors
-    padded_r = max(16, triton.next_power_of_2(r))
-    single = dtype == torch.float32
-    block_m = min(32 if single else 64, max(16, triton.next_power_of_2(m)))
-    block_k = _LINE // itemsize
-    block_r = min(padded_r, 64)
-    # Few rows: hidden stays in the L2 cache between two kernels, which cut d and N up too and fill the GPU.
-    fused = padded_r * dtype.itemsize <= 256 and triton.cdiv(m, 64) >= gpu.multiprocessors
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
-    splits = max(1, min(wanted // max(1, tiles), max(d, n) // (_STEPS * block_k)))
-
-    def token_splits(columns: int) -> int:
-        tiles = triton.cdiv(columns, 64) * triton.cdiv(r, block_r)
-        limit = min(triton.cdiv(m, 4 * block_k), _SCRATCH // (4 * columns * r))
-        return max(1, min(wanted // tiles, limit))
-
-    return Plan(
-        fused=fused,
-        block_m=block_m,
-        block_n=64,
-        block_k=block_k,
-        block_r=block_r,
-        fused_block_n=32 if single else 64,
-        finish=(block_m, block_r) if splits == 1 else (16, 16),
-        splits=splits,
-        token_splits=(token_splits(d), token_splits(n)),
-        warps=8 if block_m == 64 else 4,
-        fused_warps=4 if single else 8,
-        stages=3 if itemsize == dtype.itemsize else 2,
-        precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
-    )
 
 
 def bottleneck_adapter(
@@ -120,7 +46,7 @@ def bottleneck_adapter(
             a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), a.gate, *_dropout(a),
             residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
             ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
-            BN=plan.fused_block_n, BR=max(16, triton.next_power_of_2(r)), num_stages=plan.stages,
+            BN=plan.fused_block_n, BR=padded(r), num_stages=plan.stages,
             PRECISION=plan.precision, num_warps=plan.fused_warps, **_OPTIONS,
         )  # fmt: skip
     elif m:
@@ -196,7 +122,7 @@ def _up_gradients(
     dscale = _sums(grad, n) if b.need_scale else None
     kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
         sums, column_sums, splits, weight, weight.stride(0), a.up_bias, *_scale(a), dweight, dbias, dscale,
-        r, n, BN=_COLUMNS, BR=plan.block_r, num_warps=4, **_OPTIONS,
+        r, n, BN=_COLUMNS, BR=_UNITS, num_warps=4, **_OPTIONS,
     )  # fmt: skip
     if dscale is not None and scale is not None:
         # One number is a sum over the columns, [N] a sum of one part.
@@ -227,7 +153,7 @@ def _narrow(
     kernels.narrow_kernel[(triton.cdiv(m, plan.block_m) * chunks, plan.splits)](
         hidden, hidden.stride(0), a.down_weight, a.down_weight.stride(0), grad, _stride(grad),
         a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), *_dropout(a), *finishing, sums, bias_sums,
-        m, d, r, n, _share(d, plan.splits, plan.block_k), _share(n, plan.splits, plan.block_k), chunks,
+        m, d, r, n, share(d, plan.splits, plan.block_k), share(n, plan.splits, plan.block_k), chunks,
         ACTIVATION=a.activation, SPLIT=split, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
         BR=plan.block_r, num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
         **_OPTIONS,
@@ -253,7 +179,7 @@ def _widen(
     gate: torch.Tensor | None = None,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
 ) -> None:
-    """out = gate D(up) + residual and up = scale (down weightᵀ + bias), [M, N]; down [M, r], weight [N, r]."""
+    """out = gate D(up) + residual, up = scale (down weightᵀ + bias), [M, N]; down [M, r], weight [N, r]."""
     (m, r), n = down.shape, weight.shape[0]
     kernels.up_kernel[(triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n),)](
         down, weight, weight.stride(1), weight.stride(0), bias, *scale, gate, *dropout,
@@ -272,7 +198,7 @@ def _token_product(
     gate: torch.Tensor | None = None,
     dropout: tuple[torch.Tensor | None, int, float] = (None, 0, 1.0),
 ) -> None:
-    """Shares of (gate D'(x))ᵀ p, into sums [S, C, r] of any strides; and of the sums of gate D'(x)'s columns."""
+    """Shares of (gate D'(x))ᵀ p, into sums [S, C, r] of any strides; and of the sums of its columns."""
     m, columns = x.shape
     r = 1 if p is None else p.shape[1]
     given = column_sums if sums is None else sums
@@ -281,7 +207,7 @@ def _token_product(
     strides = (0, 0) if sums is None else sums.stride()[1:]
     kernels.token_product_kernel[(triton.cdiv(columns, plan.block_n) * chunks, splits)](
         x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
-        _share(m, splits, plan.block_k), chunks,
+        share(m, splits, plan.block_k), chunks,
         GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, num_stages=plan.stages,
         PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
     )  # fmt: skip
@@ -291,11 +217,6 @@ def _plan(hidden: torch.Tensor, a: Operands) -> Plan:
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     itemsize = max(hidden.itemsize, a.down_weight.itemsize, a.up_weight.itemsize)
     return make_plan(m, d, r, n, hidden.dtype, itemsize, gpu())
-
-
-def _share(total: int, splits: int, block: int) -> int:
-    """How much of a sum one of `splits` CTAs has: whole blocks."""
-    return triton.cdiv(triton.cdiv(total, block), splits) * block
 
 
 def _scale(a: Operands) -> tuple[torch.Tensor | None, int, float]:

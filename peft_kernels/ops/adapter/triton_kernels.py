@@ -1,8 +1,8 @@
 """Triton kernels of the bottleneck adapter: the steps that its two ops are made of; README.md says which.
 
-Names: h hidden [M, d], W_d [r, d], W_u [N, r]; z = h W_dᵀ + b_d, down = f(z); e = D'(dL/dout) [M, N]. Rows of a
-matrix are contiguous, and their stride is an argument. Weights have two strides where the same code multiplies
-by one and by the transpose of the other. Arguments may be None, and then all that needs them is compiled away.
+Names: h hidden [M, d], W_d [r, d], W_u [N, r]; z = h W_dᵀ + b_d, down = f(z); e = D'(dL/dout) [M, N]. Rows
+of a matrix are contiguous, and their stride is an argument. Weights have two strides where the same code
+multiplies by one and by the transpose of the other. An argument may be None: what needs it is compiled away.
 """
 
 import triton
@@ -320,7 +320,7 @@ def token_product_kernel(
     GROUPED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(gate D'(x))ᵀ p of x [M, C] and p [M, r], summed over shares of the tokens: sums [S, C, r], two strides.
+    """(gate D'(x))ᵀ p of x [M, C] and p [M, r], summed over shares of the tokens: sums [S, C, r], 2 strides.
 
     And, into column_sums [S, C], the sums of the columns of gate D'(x).
     """

@@ -14,6 +14,7 @@ import peft_kernels as pk
 from gpuless.driver import EmulatedGPU
 from peft_kernels.core.gpu import GPU
 from peft_kernels.ops.adapter import triton as launchers
+from peft_kernels.ops.adapter import triton_plan
 from peft_kernels.ops.adapter.schema import ACTIVATIONS
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,7 +40,7 @@ def choose(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
         real = launchers.gpu
         monkeypatch.setattr(launchers, "gpu", lambda: dataclasses.replace(real(), multiprocessors=1))
     elif plan == "split":
-        monkeypatch.setattr(launchers, "_STEPS", 1)
+        monkeypatch.setattr(triton_plan, "STEPS", 1)
 
 
 def names(gpu: EmulatedGPU) -> set[str]:
@@ -214,8 +215,8 @@ def test_plan() -> None:
     """Few tokens: sums are split until CTAs fill the GPU. Many: one kernel, while r fits in registers."""
     h100 = GPU("cuda", 90, 132, 232448)
 
-    def plan(m: int, r: int = 64, dtype: torch.dtype = BFLOAT16) -> launchers.Plan:
-        return launchers.make_plan(m, 4096, r, 4096, dtype, dtype.itemsize, h100)
+    def plan(m: int, r: int = 64, dtype: torch.dtype = BFLOAT16) -> triton_plan.Plan:
+        return triton_plan.make_plan(m, 4096, r, 4096, dtype, dtype.itemsize, h100)
 
     assert [plan(m).fused for m in (1, 8384, 8385, 2**20)] == [False, False, True, True]
     assert not plan(2**20, 256).fused
