@@ -95,11 +95,14 @@ def product(
 
 
 @triton.jit
-def dropped(x, rows, first_column, columns, seed_ptr, threshold, keep_scale, GROUPED: tl.constexpr):
+def dropped(
+    x, rows, first_column, columns, seed_ptr, threshold, keep_scale, GROUPED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
     """D(x) of columns from first_column of x [M, columns], fp32; x itself where there is no seed."""
     if seed_ptr is not None:
         BLOCK: tl.constexpr = x.shape[1]
-        keep = keep_tile(rows, first_column, columns, tl.load(seed_ptr), threshold, BLOCK, GROUPED)
+        keep = keep_tile(rows, first_column, columns, tl.load(seed_ptr), threshold, BLOCK, GROUPED, OPERAND)
         x = tl.where(keep, x * keep_scale, 0.0)
     return x
 
@@ -180,7 +183,7 @@ def narrow_kernel(
         for n in range(split * n_share, tl.minimum(N, (split + 1) * n_share), BK):
             columns = n + tl.arange(0, BK)
             e = load_tile(grad_ptr, rows, grad_stride, columns, M, N).to(tl.float32)
-            e = dropped(e, rows, n, N, seed_ptr, threshold, keep_scale, GROUPED)
+            e = dropped(e, rows, n, N, seed_ptr, threshold, keep_scale, GROUPED, True)
             e *= factor_of(scale_ptr, scale_stride, scaling, columns, N)[None, :]
             if dgate_ptr is not None and up_bias_ptr is not None:
                 bias = tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -249,7 +252,7 @@ def write_up(
     up *= factor_of(scale_ptr, scale_stride, scaling, columns, N)[None, :]
     if up_ptr is not None:
         store_tile(up_ptr, up, rows, N, columns, M, N)
-    out = dropped(up, rows, first_column, N, seed_ptr, threshold, keep_scale, GROUPED)
+    out = dropped(up, rows, first_column, N, seed_ptr, threshold, keep_scale, GROUPED, False)
     if gate_ptr is not None:
         out *= tl.load(gate_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
@@ -331,7 +334,7 @@ def token_product_kernel(
         rows = t + tl.arange(0, BT)
         x = load_tile(x_ptr, rows, x_stride, columns, M, C)
         if gate_ptr is not None or seed_ptr is not None:
-            x = dropped(x.to(tl.float32), rows, tile * BC, C, seed_ptr, threshold, keep_scale, GROUPED)
+            x = dropped(x.to(tl.float32), rows, tile * BC, C, seed_ptr, threshold, keep_scale, GROUPED, True)
         if gate_ptr is not None:
             x *= tl.load(gate_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         if column_sums_ptr is not None:
