@@ -7,7 +7,9 @@ from peft_kernels.core.checks import check_device, check_dtype, check_probabilit
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-define_op("philox_dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
+define_op(
+    "philox_dropout", "(Tensor x, float p, Tensor seed) -> Tensor", triton="peft_kernels.ops.dropout.triton"
+)
 
 
 def check_seed(seed: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
