@@ -22,13 +22,13 @@ _AMD = re.compile(r"^\s+(?P<predicate>)(?P<opcode>[a-z]+_[a-z0-9_]+)(?P<operands
 _AMD_LABEL, _AMD_TARGET = re.compile(r"^(\.LBB\w+):"), re.compile(r"(\.LBB\w+)")
 
 # Pipe to opcodes, up to their first dot. NVIDIA publishes opcodes (CUDA Binary Utilities, "Instruction Set
-# Reference") and, of pipes, the throughput table of the programming guide. What is not here counts as "other".
+# Reference") and, of pipes, the programming guide's throughput table. What is not here counts as "other".
 PIPES = {
     "tensor": "HMMA IMMA QMMA OMMA BMMA DMMA HGMMA IGMMA QGMMA BGMMA UTCHMMA UTCIMMA UTCQMMA UTCOMMA",
     "fma": "FFMA FADD FMUL FFMA2 FADD2 FMUL2 FSWZADD IMAD IDP HFMA2 HADD2 HMUL2",
     "alu": "LOP3 LOP PRMT SHF SHL SHR SEL IADD3 IADD VIADD ISETP LEA FSETP FSEL FSET IMNMX IMNMX3 VIMNMX "
-    "VIMNMX3 VIADDMNMX FMNMX FMNMX3 PLOP3 P2R R2P SGXT BMSK MOV CS2R IABS HSETP2 HSET2 HMNMX2 VHMNMX VOTE F2FP "
-    "I2FP F2IP ISCADD FCHK",
+    "VIMNMX3 VIADDMNMX FMNMX FMNMX3 PLOP3 P2R R2P SGXT BMSK MOV CS2R IABS HSETP2 HSET2 HMNMX2 VHMNMX VOTE "
+    "F2FP I2FP F2IP ISCADD FCHK",
     "xu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
     "lsu": "LDG STG LD ST LDGSTS ATOM ATOMG RED REDG LDS STS LDSM STSM ATOMS SHFL REDUX MATCH LDL STL LDTM "
     "STTM",

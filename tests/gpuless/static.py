@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from gpuless import sass
-from gpuless.driver import Launch, device
+from gpuless.driver import Launch, device, target_of
 from gpuless.occupancy import COMPUTE_UNITS, MULTIPROCESSORS, Occupancy, amd_occupancy, occupancy
 
 TARGETS: tuple[int | str, ...] = (*MULTIPROCESSORS, *COMPUTE_UNITS)
@@ -88,13 +87,9 @@ def compiled_for(launch: Launch, target: int | str) -> Compiled:
         return Compiled(target, launch.ptx, launch.metadata)
     names = _NVIDIA_OPTIONS if isinstance(target, int) else _OPTIONS
     options = {name: getattr(launch.metadata, name) for name in names}
-    if isinstance(target, int):
-        with device(target, execute=False):  # whose compiler stops at PTX: ptxas has to be asked for more
-            kernel = triton.compile(launch.source, target=GPUTarget("cuda", target, 32), options=options)
-        return Compiled(target, kernel.asm["ptx"].decode(), kernel.metadata)
-    wave_size = 32 if target.startswith("gfx11") else 64
-    kernel = triton.compile(launch.source, target=GPUTarget("hip", target, wave_size), options=options)
-    return Compiled(target, kernel.asm["amdgcn"], kernel.metadata)
+    with device(target, execute=False):
+        kernel = triton.compile(launch.source, target=target_of(target), options=options)
+    return Compiled(target, kernel.kernel.decode(), kernel.metadata)
 
 
 def budget(launch: Launch, target: int | str | None = None) -> Budget:

@@ -296,3 +296,13 @@ def test_a_wait_out_of_line_belongs_to_the_loop_that_it_returns_to():
 
 def test_code_without_a_loop():
     assert sass.hot_loop(instructions("MOV", "BRA>3", "FADD", "EXIT!", "BRA>4!")) is None
+
+
+@pytest.mark.parametrize("arch", AMD)
+def test_a_launch_for_amd_is_compiled_and_not_run(arch):
+    with pytest.raises(ValueError, match="execute must be False for AMD GPUs"), gpuless.device(arch):
+        pass
+    launch = launched(arch)
+    assert launch.metadata.target.backend == "hip"
+    assert budget(launch).target == arch
+    assert budget(launch).loop.tensor > 0
