@@ -1,7 +1,7 @@
-"""Triton kernels of `dora_norm`: rows of W + s B A are formed in registers, squared and summed; see README.md.
+"""Triton kernels of `dora_norm`: W + s B A is formed in registers, squared and summed by rows; see README.md.
 
-Two launches, no host in between. The first writes a sum of squares for every row and split of K; the second adds
-a row's sums, tests them, and makes rows that fail again in fp64.
+Two launches, no host in between. The first writes a sum of squares for every row and split of K; the second
+adds up those of a row, tests the result, and makes rows that fail again in fp64.
 """
 
 import math
@@ -25,98 +25,98 @@ from peft_kernels.ops.nf4.triton import (
     nested_blocksize,
 )
 
-_ROWS, _COLUMNS, _RANK = 64, 64, 16  # of a tile: 32 sums a thread
-_WARPS = 4
-_CTAS_PER_SM = 4  # wanted: three fit at a time, and their ends should not coincide
+_CTAS_PER_SM = 4  # wanted: two fit at a time
 _LEAST_COLUMNS = 256  # of a split
-_FINISH_ROWS, _FINISH_COLUMNS = 8, 512
+_FINISH_ROWS, _FINISH_COLUMNS, _FINISH_WARPS = 8, 512, 4
+# Registers of a thread. Left to itself, ptxas aims at one more CTA and spills.
+_REGISTERS, _FINISH_REGISTERS = 128, 64
 
-_KNOWN = 32  # elements that share an absmax, whatever the blocksize, where K is a multiple of it
-_GROUP = tl.constexpr(_KNOWN)
+_GROUP = tl.constexpr(32)  # the least blocksize
 _MOST_ERROR = tl.constexpr(4e-7)
-_LEAST_NORM = tl.constexpr(1e-12)
-_MOST_NORM = tl.constexpr(1e19)
+_LEAST_SQUARE, _MOST_SQUARE = tl.constexpr(1e-24), tl.constexpr(1e38)
 
 
 @dataclass(frozen=True)
 class NormPlan:
-    """How the rows' inputs are shared out.
+    """How rows and inputs are shared out.
 
     Attributes:
-        splits: parts of K, of which every row has its own sums.
-        columns: of a part, a multiple of the tile's.
+        rows, columns, rank: of a tile of W, and of the product that is added to it.
+        aligned: every row begins with a group of 32 elements of one absmax.
+        warps: of a CTA.
+        splits: parts of K, of which every row has its own sum.
+        split_columns: inputs of a part, a multiple of `columns`.
     """
 
-    splits: int
+    rows: int
     columns: int
+    rank: int
+    aligned: bool
+    warps: int
+    splits: int
+    split_columns: int
 
 
-def norm_plan(out_features: int, in_features: int, multiprocessors: int) -> NormPlan:
-    """As many splits as give every multiprocessor its CTAs; a function of shapes and device alone."""
-    wanted = triton.cdiv(_CTAS_PER_SM * multiprocessors, triton.cdiv(out_features, _ROWS))
+def norm_plan(out_features: int, in_features: int, rank: int, multiprocessors: int) -> NormPlan:
+    """The plan for a problem, a function of its shape and the device alone.
+
+    As many splits as give every multiprocessor its CTAs. Rows that begin anywhere need an address for every
+    element, which leaves registers for a small tile only.
+    """
+    aligned = in_features % _GROUP.value == 0
+    rows, columns, warps = (64, 64, 8) if aligned else (16, 32, 4)
+    wanted = triton.cdiv(_CTAS_PER_SM * multiprocessors, triton.cdiv(out_features, rows))
     splits = max(1, min(wanted, in_features // _LEAST_COLUMNS))
-    columns = triton.cdiv(triton.cdiv(in_features, splits), _COLUMNS) * _COLUMNS
-    return NormPlan(triton.cdiv(in_features, columns), columns)
+    split_columns = triton.cdiv(triton.cdiv(in_features, splits), columns) * columns
+    splits = triton.cdiv(in_features, split_columns)
+    return NormPlan(rows, columns, 8 if rank % 16 else 16, aligned, warps, splits, split_columns)
 
 
 @triton.jit
-def _load_tile(
-    base, row, inside, k0, K, stride_n, stride_k,
-    COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+def _weight_tile(
+    base, row, inside, k0, K, stride_n, stride_k, table, COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """W[row, k0 : k0 + COLUMNS] as it is stored, and its absmax; `_decode_tile` makes fp32 of them.
+    """fp32 W[row, k0 : k0 + COLUMNS], zero outside; BLOCKSIZE 0 for a dense W.
 
-    A dense tile [rows, COLUMNS]; with ALIGNED, K a multiple of 32, bytes [rows, COLUMNS/2] and an absmax for 32
-    columns; otherwise a byte and an absmax for every element, as rows begin in the middle of blocks and bytes.
+    With ALIGNED, K a multiple of 32, every 32 columns share an absmax and rows share no byte. Otherwise rows
+    begin anywhere in blocks and bytes, and every element has its own byte and absmax loaded.
     """
     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr = base
+    ROWS: tl.constexpr = row.shape[0]
     columns = k0 + tl.arange(0, COLUMNS)
     mask = inside[:, None] & (columns < K)[None, :]
     if BLOCKSIZE == 0:
         element = row[:, None] * stride_n + columns[None, :].to(tl.int64) * stride_k
-        stored = tl.load(weight_ptr + element, mask=mask, other=0.0)
-        absmax = tl.zeros((1, 1), tl.float32)
-    else:
-        if ALIGNED:
-            byte = k0 // 2 + tl.arange(0, COLUMNS // 2)
-            group = k0 + _GROUP * tl.arange(0, COLUMNS // _GROUP)
-            byte_mask = inside[:, None] & (byte < K // 2)[None, :]
-            stored = tl.load(weight_ptr + row[:, None] * (K // 2) + byte[None, :], mask=byte_mask, other=0)
-            block = (row[:, None] * K + group[None, :]) // BLOCKSIZE
-            mask = inside[:, None] & (group < K)[None, :]
-        else:
-            element = row[:, None] * K + columns[None, :]
-            stored = tl.load(weight_ptr + element // 2, mask=mask, other=0)
-            block = element // BLOCKSIZE
+        weight = tl.load(weight_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    elif ALIGNED:
+        byte = k0 // 2 + tl.arange(0, COLUMNS // 2)
+        byte_mask = inside[:, None] & (byte < K // 2)[None, :]
+        packed = tl.load(weight_ptr + row[:, None] * (K // 2) + byte[None, :], mask=byte_mask, other=0)
+        group = k0 + _GROUP * tl.arange(0, COLUMNS // _GROUP)
+        block = (row[:, None] * K + group[None, :]) // BLOCKSIZE
         absmax = load_absmax(
-            absmax_ptr, block, mask, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, NESTED
-        )
-    return stored, absmax
-
-
-@triton.jit
-def _decode_tile(
-    stored, absmax, table, row, k0, K,
-    COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, ALIGNED: tl.constexpr, SHUFFLE: tl.constexpr,
-):  # fmt: skip
-    """fp32 [rows, COLUMNS] of what `_load_tile` loaded; zero where it was masked."""
-    ROWS: tl.constexpr = row.shape[0]
-    if BLOCKSIZE == 0:
-        weight = stored.to(tl.float32)
+            absmax_ptr, block, inside[:, None] & (group < K)[None, :],
+            nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, NESTED,
+        )  # fmt: skip
+        high, low = decode(packed, table, SHUFFLE)
+        code = tl.reshape(tl.join(high, low), (ROWS, COLUMNS // _GROUP, _GROUP))
+        weight = tl.reshape(code * absmax[:, :, None], (ROWS, COLUMNS))
     else:
-        high, low = decode(stored, table, SHUFFLE)
-        if ALIGNED:
-            code = tl.reshape(tl.join(high, low), (ROWS, COLUMNS // _GROUP, _GROUP))
-            weight = tl.reshape(code * absmax[:, :, None], (ROWS, COLUMNS))
-        else:
-            element = row[:, None] * K + k0 + tl.arange(0, COLUMNS)[None, :]
-            weight = tl.where(element % 2 == 0, high, low) * absmax
+        element = row[:, None] * K + columns[None, :]
+        packed = tl.load(weight_ptr + element // 2, mask=mask, other=0)
+        absmax = load_absmax(
+            absmax_ptr, element // BLOCKSIZE, mask,
+            nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, NESTED,
+        )  # fmt: skip
+        high, low = decode(packed, table, SHUFFLE)
+        weight = tl.where(element % 2 == 0, high, low) * absmax
     return weight
 
 
 @triton.jit
 def _scaled_sum(weight, update, scaling):
-    """weight + scaling * update, scaling in two fp32 numbers: its rounding would be the same for all of a row."""
+    """weight + scaling * update; scaling as two fp32 numbers, as its rounding would not average over a row."""
     high = scaling.to(tl.float32)
     low = (scaling - high.to(tl.float64)).to(tl.float32)
     value = tl.fma(tl.broadcast_to(low, update.shape), update, weight)
@@ -126,28 +126,24 @@ def _scaled_sum(weight, update, scaling):
 @triton.jit
 def _squares_kernel(
     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
-    a_ptr, b_ptr, squares_ptr, most_ptr, N, K, r, stride_n, stride_k, scaling: tl.float64,
-    split_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr, ALIGNED: tl.constexpr, SHUFFLE: tl.constexpr,
+    a_ptr, b_ptr, squares_ptr, most_ptr, N, K, r, stride_n, stride_k, scaling: tl.float64, split_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     """squares [splits, N] of the rows, in fp64; and, by the first r programs, most [r] = max|A_i|."""
-    base = (weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr)
     if tl.program_id(0) < r:
         _store_largest(a_ptr, most_ptr, tl.program_id(0), K, COLUMNS * 16)
         return
-    program = tl.program_id(0) - r
-    row_blocks = tl.cdiv(N, ROWS)
+    base = (weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr)
+    program, row_blocks = tl.program_id(0) - r, tl.cdiv(N, ROWS)
     split = program // row_blocks
     rows = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
     inside, row = rows < N, rows.to(tl.int64)
     table = code_table(SHUFFLE) if BLOCKSIZE else 0.0
-    # Four squares of a thread are added to a sum of its own; each sum carries along what its roundings lost (Kahan).
+    # Each sum is of a thread's own squares, and carries along what its roundings lost (Kahan).
     total = tl.zeros((ROWS, COLUMNS // 4), tl.float32)
     lost = tl.zeros((ROWS, COLUMNS // 4), tl.float32)
     for k0 in range(split * split_columns, tl.minimum(K, (split + 1) * split_columns), COLUMNS):
-        stored, absmax = _load_tile(
-            base, row, inside, k0, K, stride_n, stride_k, COLUMNS, BLOCKSIZE, NESTED, ALIGNED
-        )
         columns = k0 + tl.arange(0, COLUMNS)
         update = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i0 in range(0, r, RANK):
@@ -156,12 +152,14 @@ def _squares_kernel(
             b = tl.load(b_ptr + row[:, None] * r + i[None, :], mask=b_mask, other=0.0)
             a = tl.load(a_ptr + i[:, None].to(tl.int64) * K + columns[None, :], mask=a_mask, other=0.0)
             update = tl.dot(b.to(tl.float32), a.to(tl.float32), update, input_precision="ieee")
-        weight = _decode_tile(stored, absmax, table, row, k0, K, COLUMNS, BLOCKSIZE, ALIGNED, SHUFFLE)
+        weight = _weight_tile(
+            base, row, inside, k0, K, stride_n, stride_k, table, COLUMNS, BLOCKSIZE, NESTED, ALIGNED, SHUFFLE
+        )
         value = _scaled_sum(weight, update, scaling)
         square = tl.sum(tl.reshape(value * value, (ROWS, COLUMNS // 4, 4)), 2) - lost
-        sum_ = total + square
-        lost = (sum_ - total) - square
-        total = sum_
+        larger = total + square
+        lost = (larger - total) - square
+        total = larger
     sums = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 1)
     tl.store(squares_ptr + split.to(tl.int64) * N + rows, sums, mask=inside)
 
@@ -181,36 +179,38 @@ def _store_largest(a_ptr, most_ptr, i, K, COLUMNS: tl.constexpr):
 def _finish_kernel(
     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
     a_ptr, b_ptr, squares_ptr, most_ptr, norm_ptr, N, K, r, stride_n, stride_k, scaling: tl.float64,
-    rounding: tl.float64, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
+    rounding: tl.float64, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """norm [N]: from the sums of squares where that is accurate, otherwise from the row in fp64; RANK >= r."""
+    """norm [N]: from the sums of squares where they are accurate, otherwise from rows in fp64; RANK >= r.
+
+    `rounding` bounds the error of an element of the product, relative to reach = |s| sum_i |B_i| max|A_i|.
+    """
     base = (weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr)
     index = tl.arange(0, ROWS)
     rows = tl.program_id(0) * ROWS + index
     inside, row = rows < N, rows.to(tl.int64)
     sums = tl.zeros((ROWS,), tl.float64)
     for split in range(splits):
-        sums += tl.load(squares_ptr + split.to(tl.int64) * N + rows, mask=inside, other=1.0)
+        sums += tl.load(squares_ptr + tl.cast(split, tl.int64) * N + rows, mask=inside, other=1.0)
     norm = tl.sqrt(sums)
 
     i = tl.arange(0, RANK)
     b = tl.load(b_ptr + row[:, None] * r + i[None, :], mask=inside[:, None] & (i < r)[None, :], other=0.0)
     most = tl.load(most_ptr + i, mask=i < r, other=0.0).to(tl.float64)
-    reach = tl.abs(scaling) * tl.sum(tl.abs(b.to(tl.float64)) * most[None, :], 1)
-    element = reach * rounding
+    element = rounding * tl.abs(scaling) * tl.sum(tl.abs(b.to(tl.float64)) * most[None, :], 1)
+    # d + K d^2 / 2 <= 4e-7 with d = element / norm, without the division.
     small = element * norm + 0.5 * element * element * K <= _MOST_ERROR * sums
-    accurate = small & (sums > _LEAST_NORM * _LEAST_NORM) & (sums < _MOST_NORM * _MOST_NORM)
+    accurate = small & (sums > _LEAST_SQUARE) & (sums < _MOST_SQUARE)
     tl.store(norm_ptr + rows, norm.to(tl.float32), mask=inside & accurate)
 
     again = (inside & ~accurate).to(tl.int32)
     if tl.sum(again) > 0:
         for one in range(ROWS):
             if tl.sum(tl.where(index == one, again, 0)) > 0:
-                n = tl.program_id(0) * ROWS + one
                 _store_norm_in_double(
-                    base, a_ptr, b_ptr, norm_ptr, n, K, r, stride_n, stride_k, scaling,
-                    COLUMNS, BLOCKSIZE, NESTED, SHUFFLE,
+                    base, a_ptr, b_ptr, norm_ptr, tl.program_id(0) * ROWS + one, K, r, stride_n, stride_k,
+                    scaling, COLUMNS, BLOCKSIZE, NESTED, SHUFFLE,
                 )  # fmt: skip
 
 
@@ -225,26 +225,24 @@ def _store_norm_in_double(
     sums = tl.zeros((1, COLUMNS), tl.float64)
     for k0 in range(0, K, COLUMNS):
         columns = k0 + tl.arange(0, COLUMNS)[None, :]
-        stored, absmax = _load_tile(
-            base, row, row >= 0, k0, K, stride_n, stride_k, COLUMNS, BLOCKSIZE, NESTED, False
+        weight = _weight_tile(
+            base, row, row >= 0, k0, K, stride_n, stride_k, table, COLUMNS, BLOCKSIZE, NESTED, False, SHUFFLE
         )
-        weight = _decode_tile(stored, absmax, table, row, k0, K, COLUMNS, BLOCKSIZE, False, SHUFFLE)
         update = tl.zeros((1, COLUMNS), tl.float64)
         for i in range(r):
-            a = tl.load(a_ptr + i.to(tl.int64) * K + columns, mask=columns < K, other=0.0)
+            a = tl.load(a_ptr + tl.cast(i, tl.int64) * K + columns, mask=columns < K, other=0.0)
             b = tl.load(b_ptr + n.to(tl.int64) * r + i)
             update += b.to(tl.float64) * a.to(tl.float64)
         value = weight.to(tl.float64) + scaling * update
         sums += value * value
-    norm = tl.sqrt(tl.sum(sums, 1))
-    tl.store(norm_ptr + row, norm.to(tl.float32))
+    tl.store(norm_ptr + row, tl.sqrt(tl.sum(sums, 1)).to(tl.float32))
 
 
 def dora_norm(*args: Any) -> torch.Tensor:
     """Launch the kernels; see `reference.dora_norm`.
 
     Raises:
-        ValueError: besides what the contract says, an adapter or a dense weight in float64.
+        ValueError: besides what the contract says, an adapter in float64.
     """
     a = NormArgs(*args)
     check_dora_norm(a)
@@ -254,22 +252,26 @@ def dora_norm(*args: Any) -> torch.Tensor:
     base = base if dense else contiguous(base)
     lora_a, lora_b = a.lora_a.contiguous(), a.lora_b.contiguous()
     rank, in_features = lora_a.shape
-    plan = norm_plan(a.out_features, in_features, gpu().multiprocessors)
+    plan = norm_plan(a.out_features, in_features, rank, gpu().multiprocessors)
     squares = lora_a.new_empty((plan.splits, a.out_features), dtype=torch.float64)
     most = lora_a.new_empty(rank, dtype=torch.float32)
     norm = lora_a.new_empty(a.out_features, dtype=torch.float32)
-    rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # of an element: README.md
+    tensors = (*base[:5], lora_a, lora_b, squares, most)
     shape = (a.out_features, in_features, rank, stride_n, stride_k, a.scaling)
-    options = {
-        "BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle(),
-        "num_warps": _WARPS, "enable_fp_fusion": False,
-    }  # fmt: skip
-    _squares_kernel[(rank + triton.cdiv(a.out_features, _ROWS) * plan.splits,)](
-        *base[:5], lora_a, lora_b, squares, most, *shape, plan.columns,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_RANK, ALIGNED=in_features % _KNOWN == 0, **options,
+    nf4 = {"BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle()}
+    _squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
+        *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=plan.rank,
+        ALIGNED=plan.aligned, **nf4, num_warps=plan.warps, **_options(_REGISTERS),
     )  # fmt: skip
+    rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
     _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
-        *base[:5], lora_a, lora_b, squares, most, norm, *shape, rounding, plan.splits,
-        ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS, RANK=triton.next_power_of_2(rank), **options,
+        *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
+        RANK=triton.next_power_of_2(rank), **nf4, num_warps=_FINISH_WARPS, **_options(_FINISH_REGISTERS),
     )  # fmt: skip
     return norm
+
+
+def _options(registers: int) -> dict[str, Any]:
+    """Compiler options: no fusion, so that the code has every rounding; on NVIDIA, registers of a thread."""
+    limit = {"maxnreg": registers} if gpu().backend == "cuda" else {}
+    return {"enable_fp_fusion": False, **limit}
