@@ -1,4 +1,4 @@
-"""`dora_norm` in Triton on emulated GPUs: the bounds of `test_dora_norm.py`, and what the compiled code takes."""
+"""`dora_norm` in Triton on emulated GPUs: the bounds of `test_dora_norm.py`, and what its code takes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -52,24 +52,17 @@ def check(n: int, k: int, r: int, scaling: float = -1.5, **options: Any) -> None
     assert torch.equal(NORM(problem.weight, a, b, scaling), norm)
 
 
-# Rows that begin in the middle of a byte, of a block; more than one block of rows, one split, one chunk of ranks.
+# Rows that begin in the middle of a byte, of a block; several blocks of rows, splits, chunks of ranks.
 SHAPES = (
-    (1, 1, 1),
-    (3, 2, 1),
-    (70, 96, 4),
-    (24, 257, 5),
-    (37, 1030, 8),
-    (65, 576, 16),
-    (9, 64, 20),
-    (7, 31, 64),
-)
+    (1, 1, 1), (3, 2, 1), (70, 96, 4), (24, 257, 5), (17, 1030, 8), (65, 576, 16), (9, 64, 20), (7, 31, 64)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("n", "k", "r"), SHAPES)
 def test_norm_against_float64(gpu: EmulatedGPU, n: int, k: int, r: int) -> None:
     weight, dtype = WEIGHTS[(n + gpu.arch // 10) % 3], (torch.float32, torch.bfloat16)[n % 2]
     check(n, k, r, weight=weight, dtype=dtype, blocksize=32)
-    assert [launch.name for launch in gpu.launches] == 2 * ["_squares_kernel", "_finish_kernel"]
+    assert [launch.name for launch in gpu.launches][-4:] == 2 * ["_squares_kernel", "_finish_kernel"]
 
 
 @pytest.mark.gpuless_full
@@ -105,8 +98,8 @@ def test_gather_decodes_where_there_is_no_shuffle(h100: EmulatedGPU, monkeypatch
     expected = NORM(w, a, b, 0.5)
     monkeypatch.setattr("peft_kernels.ops.dora.triton.has_shuffle", lambda: False)
     assert torch.equal(NORM(w, a, b, 0.5), expected)
-    assert "shfl.sync.idx" in h100.launches[-3].ptx or "shfl.sync.idx" in h100.launches[-4].ptx
-    assert "shfl.sync.idx" not in h100.launches[-2].ptx
+    shuffled = ["shfl.sync.idx" in launch.ptx for launch in h100.launches if "squares" in launch.name]
+    assert shuffled == [True, False]
 
 
 @pytest.mark.parametrize("left", [0.5, 1e-2, 1e-5])
@@ -119,10 +112,10 @@ def test_rows_that_nearly_cancel(gpu: EmulatedGPU, left: float, scaling: float) 
     assert error(NORM(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
 
 
-@pytest.mark.parametrize(("k", "r"), [(1, 1), (4, 2), (300, 16), (320, 16)])
+@pytest.mark.parametrize(("k", "r"), [(1, 1), (4, 2), (60, 16), (128, 16)])
 def test_rows_around_the_point_from_which_float64_is_used(h100: EmulatedGPU, k: int, r: int) -> None:
     """Rows from a tenth to a thousandth of what they are made of; the scaling is not a number of fp32."""
-    n = 600
+    n = 240
     a, b, scaling = torch.randn(r, k), torch.randn(n, r), -2 / 3
     a[:, : k // 2] *= 1e-3  # so that it is the last inputs that count
     left = 10 ** torch.empty(n, 1, dtype=torch.float64).uniform_(-3, -1)
@@ -132,7 +125,7 @@ def test_rows_around_the_point_from_which_float64_is_used(h100: EmulatedGPU, k: 
 
 
 def test_nf4_rows_that_cancel_are_made_again(gpu: EmulatedGPU) -> None:
-    """B = W's own codes, A the unit vectors: what is left of the row is what fp64 leaves; others stay in fp32."""
+    """B A is W times almost one."""
     k, n = 32, 9
     w = pk.functional.nf4_quantize(torch.randn(n, k), 32, double_quant=True)
     dense = w.dequantize(torch.float32)
@@ -190,10 +183,8 @@ def test_strides(h100: EmulatedGPU, weight: str) -> None:
     w = problem.weight.t().contiguous().t() if weight == "dense" else problem.weight
     assert torch.equal(NORM(w, a.t().contiguous().t(), b.t().contiguous().t(), 2.0), expected)
     if weight == "dense":
-        assert torch.equal(
-            NORM(problem.weight[:1].expand(3, 64), a, b[:3], 0.0),
-            expected.new_full((3,), 0) + NORM(problem.weight[:1], a, b[:1], 0.0),
-        )
+        norm = NORM(problem.weight[:1].expand(3, 64), a, b[:1].expand(3, 4), 2.0)
+        assert torch.equal(norm, expected[:1].expand(3))
 
 
 def base_of(weight: Any) -> tuple[Any, ...]:
@@ -231,19 +222,13 @@ def test_float64_goes_to_the_reference(h100: EmulatedGPU) -> None:
     a, b, w = torch.randn(3, 40).double(), torch.randn(5, 3).double(), torch.randn(5, 40).double()
     assert NORM(w, a, b, 0.5).dtype == torch.float64
     assert not h100.launches
-    with pytest.raises(ValueError, match="lora_a must be .*got float64; or leave use_backend"):
+    with pytest.raises(ValueError, match=r"lora_a must be .*got float64; or leave use_backend"):
         OP.triton(*base_of(w), 5, a, b, 0.5)
 
 
 def test_plan_fills_the_gpu_and_covers_the_inputs() -> None:
-    for n, k, r in (
-        (4096, 4096, 16),
-        (14336, 4096, 64),
-        (1024, 4096, 8),
-        (64, 12288, 16),
-        (1, 1, 1),
-        (99, 1030, 3),
-    ):
+    shapes = ((4096, 4096, 16), (14336, 4096, 64), (1024, 4096, 8), (64, 12288, 16), (1, 1, 1), (99, 1030, 3))
+    for n, k, r in shapes:
         for multiprocessors in (84, 108, 132, 170):
             plan = norm_plan(n, k, r, multiprocessors)
             ctas = -(-n // plan.rows) * plan.splits
@@ -267,13 +252,11 @@ def budgets(target: int | str, n: int, k: int, r: int, weight: str, dtype: torch
     yield from (budget(launch) for launch in gpu.launches)
 
 
+OTHERS = (80, 86, 89, 100, 120, "gfx90a", "gfx942", "gfx1100")
+
+
 @pytest.mark.parametrize(
-    "target",
-    [90, pytest.param(80, marks=pytest.mark.gpuless_full)]
-    + [
-        pytest.param(target, marks=pytest.mark.gpuless_full)
-        for target in (86, 89, 100, 120, "gfx90a", "gfx942", "gfx1100")
-    ],
+    "target", [90, *(pytest.param(each, marks=pytest.mark.gpuless_full) for each in OTHERS)]
 )
 @pytest.mark.parametrize("case", BUDGETS)
 def test_everything_stays_in_registers(target: int | str, case: tuple[Any, ...]) -> None:
