@@ -116,7 +116,7 @@ def _weight_tile(
 
 @triton.jit
 def _scaled_sum(weight, update, scaling):
-    """weight + scaling * update; scaling as two fp32 numbers, as its rounding would not average over a row."""
+    """weight + scaling * update; scaling in two fp32 numbers, as its rounding would not average out."""
     high = scaling.to(tl.float32)
     low = (scaling - high.to(tl.float64)).to(tl.float32)
     value = tl.fma(tl.broadcast_to(low, update.shape), update, weight)

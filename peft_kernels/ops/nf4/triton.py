@@ -100,7 +100,7 @@ def decode(packed, table, SHUFFLE: tl.constexpr):
 def load_absmax(
     absmax_ptr, index, mask, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, NESTED: tl.constexpr
 ):
-    """fp32 absmax of the blocks `index`, 0 where masked; NESTED is the nested blocksize, 0 where there is none.
+    """fp32 absmax of the blocks `index`, 0 where masked; NESTED is the nested blocksize, or 0.
 
     A nested absmax is code * absmax2 + offset, rounded twice: compile kernels that call this without fusion.
     """
