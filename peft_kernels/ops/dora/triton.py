@@ -25,11 +25,11 @@ from peft_kernels.ops.nf4.triton import (
     nested_blocksize,
 )
 
-_CTAS_PER_SM = 4  # wanted: two fit at a time
+_WARPS = 4
+_CTAS_PER_SM = 4  # wanted: two or three fit at a time
 _LEAST_COLUMNS = 256  # of a split
-_FINISH_ROWS, _FINISH_COLUMNS, _FINISH_WARPS = 8, 512, 4
-# Registers of a thread. Left to itself, ptxas aims at one more CTA and spills.
-_REGISTERS, _FINISH_REGISTERS = 128, 64
+_RANK = 8  # of a product that is added to a tile
+_FINISH_ROWS, _FINISH_COLUMNS, _FINISH_REGISTERS = 8, 512, 64
 
 _GROUP = tl.constexpr(32)  # the least blocksize
 _MOST_ERROR = tl.constexpr(4e-7)
@@ -41,35 +41,35 @@ class NormPlan:
     """How rows and inputs are shared out.
 
     Attributes:
-        rows, columns, rank: of a tile of W, and of the product that is added to it.
+        rows, columns: of a tile of W.
         aligned: every row begins with a group of 32 elements of one absmax.
-        warps: of a CTA.
+        registers: of a thread; left to itself, ptxas aims at one more CTA and spills.
         splits: parts of K, of which every row has its own sum.
         split_columns: inputs of a part, a multiple of `columns`.
     """
 
     rows: int
     columns: int
-    rank: int
     aligned: bool
-    warps: int
+    registers: int
     splits: int
     split_columns: int
 
 
-def norm_plan(out_features: int, in_features: int, rank: int, multiprocessors: int) -> NormPlan:
+def norm_plan(out_features: int, in_features: int, rank: int, nf4: bool, multiprocessors: int) -> NormPlan:
     """The plan for a problem, a function of its shape and the device alone.
 
     As many splits as give every multiprocessor its CTAs. Rows that begin anywhere need an address for every
     element, which leaves registers for a small tile only.
     """
     aligned = in_features % _GROUP.value == 0
-    rows, columns, warps = (64, 64, 8) if aligned else (16, 32, 4)
+    rows, columns = (64, 64) if aligned else (16, 32)
+    registers = 168 if nf4 and rank % 16 == 0 else 255  # three CTAs, or two
     wanted = triton.cdiv(_CTAS_PER_SM * multiprocessors, triton.cdiv(out_features, rows))
     splits = max(1, min(wanted, in_features // _LEAST_COLUMNS))
     split_columns = triton.cdiv(triton.cdiv(in_features, splits), columns) * columns
     splits = triton.cdiv(in_features, split_columns)
-    return NormPlan(rows, columns, 8 if rank % 16 else 16, aligned, warps, splits, split_columns)
+    return NormPlan(rows, columns, aligned, registers, splits, split_columns)
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def dora_norm(*args: Any) -> torch.Tensor:
     base = base if dense else contiguous(base)
     lora_a, lora_b = a.lora_a.contiguous(), a.lora_b.contiguous()
     rank, in_features = lora_a.shape
-    plan = norm_plan(a.out_features, in_features, rank, gpu().multiprocessors)
+    plan = norm_plan(a.out_features, in_features, rank, not dense, gpu().multiprocessors)
     squares = lora_a.new_empty((plan.splits, a.out_features), dtype=torch.float64)
     most = lora_a.new_empty(rank, dtype=torch.float32)
     norm = lora_a.new_empty(a.out_features, dtype=torch.float32)
@@ -260,13 +260,13 @@ def dora_norm(*args: Any) -> torch.Tensor:
     shape = (a.out_features, in_features, rank, stride_n, stride_k, a.scaling)
     nf4 = {"BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle()}
     _squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
-        *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=plan.rank,
-        ALIGNED=plan.aligned, **nf4, num_warps=plan.warps, **_options(_REGISTERS),
+        *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=_RANK,
+        ALIGNED=plan.aligned, **nf4, **_options(plan.registers),
     )  # fmt: skip
     rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
     _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
         *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
-        RANK=triton.next_power_of_2(rank), **nf4, num_warps=_FINISH_WARPS, **_options(_FINISH_REGISTERS),
+        RANK=triton.next_power_of_2(rank), **nf4, **_options(_FINISH_REGISTERS),
     )  # fmt: skip
     return norm
 
@@ -274,4 +274,4 @@ def dora_norm(*args: Any) -> torch.Tensor:
 def _options(registers: int) -> dict[str, Any]:
     """Compiler options: no fusion, so that the code has every rounding; on NVIDIA, registers of a thread."""
     limit = {"maxnreg": registers} if gpu().backend == "cuda" else {}
-    return {"enable_fp_fusion": False, **limit}
+    return {"num_warps": _WARPS, "enable_fp_fusion": False, **limit}

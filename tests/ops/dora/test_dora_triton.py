@@ -1,5 +1,6 @@
 """`dora_norm` in Triton on emulated GPUs: the bounds of `test_dora_norm.py`, and what its code takes."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -228,9 +229,9 @@ def test_float64_goes_to_the_reference(h100: EmulatedGPU) -> None:
 
 def test_plan_fills_the_gpu_and_covers_the_inputs() -> None:
     shapes = ((4096, 4096, 16), (14336, 4096, 64), (1024, 4096, 8), (64, 12288, 16), (1, 1, 1), (99, 1030, 3))
-    for n, k, r in shapes:
+    for (n, k, r), nf4 in itertools.product(shapes, (True, False)):
         for multiprocessors in (84, 108, 132, 170):
-            plan = norm_plan(n, k, r, multiprocessors)
+            plan = norm_plan(n, k, r, nf4, multiprocessors)
             ctas = -(-n // plan.rows) * plan.splits
             assert (plan.splits - 1) * plan.split_columns < k <= plan.splits * plan.split_columns
             assert plan.split_columns % plan.columns == 0
@@ -238,7 +239,8 @@ def test_plan_fills_the_gpu_and_covers_the_inputs() -> None:
 
 
 BUDGETS = (
-    (1024, 1024, 16, "nf4", torch.float32), (1024, 1024, 64, "dense", torch.bfloat16),
+    (1024, 1024, 16, "nf4", torch.float32), (1024, 1024, 64, "nf4_double", torch.bfloat16),
+    (1024, 1024, 64, "dense", torch.bfloat16), (1024, 1024, 16, "dense", torch.float32),
     (1024, 1024, 8, "nf4_double", torch.bfloat16), (1024, 1024, 5, "dense", torch.float32),
     (1000, 1030, 16, "nf4_double", torch.float32), (1000, 1031, 5, "nf4", torch.bfloat16),
     (1000, 1031, 1, "dense", torch.float32),
