@@ -84,9 +84,9 @@ def test_dtypes(h100: EmulatedGPU, weight: str, dtype: torch.dtype) -> None:
     check(5, 45, 3, weight=weight, dtype=torch.float32, adapter_dtype=dtype)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("blocksize", [32, 256, 4096])
-@pytest.mark.parametrize("k", [512, 800])
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "k"), [(32, False, 512), (32, True, 800), (256, True, 800), (4096, False, 800)]
+)
 def test_blocksizes(h100: EmulatedGPU, blocksize: int, nested: bool, k: int) -> None:
     """Blocks that end with a row, and blocks that run on into the next."""
     weight, a, b = torch.randn(20, k), torch.randn(4, k), torch.randn(20, 4)
@@ -122,6 +122,24 @@ def test_rows_around_the_point_from_which_float64_is_used(h100: EmulatedGPU, k: 
     left = 10 ** torch.empty(n, 1, dtype=torch.float64).uniform_(-3, -1)
     update = scaling * b.double() @ a.double()
     weight = (left * update.norm(dim=1, keepdim=True) * torch.randn(n, k) / k**0.5 - update).float()
+    assert error(NORM(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
+
+
+def test_long_rows_in_one_split(h100: EmulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of many squares, all rounded the same way."""
+    monkeypatch.setattr("peft_kernels.ops.dora.triton._CTAS_PER_SM", 0)
+    k = 16384
+    weight, a, b = torch.full((3, k), 1.1), torch.zeros(1, k), torch.zeros(3, 1)
+    weight[:, ::2] = torch.tensor([0.7, 1.3, 1.9])[:, None]
+    assert error(NORM(weight, a, b, 1.0), exact_norm(weight, a, b, 1.0)) <= 2e-7
+
+
+def test_scaling_is_not_rounded_to_fp32(h100: EmulatedGPU) -> None:
+    """Rows of a hundredth of the update, in which no element is far smaller than its parts: fp32 is enough."""
+    k, scaling = 4096, 1 / 3
+    a, b = torch.randn(1, k).sign(), torch.tensor([[1.0], [1.7]])
+    update = scaling * b.double() @ a.double()
+    weight = (0.01 * update.abs() * torch.randn(2, k).sign() - update).float()
     assert error(NORM(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
 
 
