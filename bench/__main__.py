@@ -25,7 +25,15 @@ from .show import add_verdict_options, check_verdict_options, conclude, make_con
 from .suites import LIMITS_THREADS, ROWS
 from .worker import Workers
 
-_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0, "sweep": 0.5, "limits": 1.5, "methods": 3.0}
+_DEFAULT_SECONDS = {
+    "smoke": 0.2,
+    "quick": 2.0,
+    "full": 10.0,
+    "sweep": 0.5,
+    "limits": 1.5,
+    "methods": 3.0,
+    "gpu": 1.0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

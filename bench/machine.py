@@ -77,9 +77,10 @@ def last_level_cache() -> int:
 def weight_copies(weight_bytes: int) -> int:
     """Copies of a weight to rotate over, so that none is still in the last-level cache when its turn comes.
 
-    Together they are twice the cache. One copy for weights below `ROTATED_BYTES`.
+    Together they are twice the cache. One copy for weights below `ROTATED_BYTES`, and on a GPU, whose timer
+    flushes the cache.
     """
-    if weight_bytes < ROTATED_BYTES:
+    if weight_bytes < ROTATED_BYTES or torch.get_default_device().type != "cpu":
         return 1
     return min(MAX_COPIES, -(-2 * last_level_cache() // weight_bytes))
 
