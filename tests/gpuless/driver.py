@@ -195,6 +195,12 @@ def target_of(arch: int | str) -> GPUTarget:
     return GPUTarget("hip", arch, 32 if arch.startswith("gfx11") else 64)
 
 
+@torch.library.impl("aten::mm.dtype", "CPU")
+def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """What CUDA has and the CPU lacks: a product of 16-bit operands that is not rounded to 16 bits."""
+    return torch.mm(left.to(out_dtype), right.to(out_dtype))
+
+
 @contextlib.contextmanager
 def device(arch: int | str, *, execute: bool = True, strict: bool = True) -> Iterator[EmulatedGPU]:
     """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.

@@ -3,7 +3,8 @@
     python -m gpuless.report            # compile everything, print, rewrite docs/gpu.md
     python -m gpuless.report --check    # the same without writing: docs/gpu.md must say it already
 
-It fails where a rule is broken: no spill, no stack, at least two CTAs on a multiprocessor, or a reason in `REASONS`.
+It fails where a rule is broken: no spill, no stack, at least two CTAs on a multiprocessor, or a reason in
+`REASONS`.
 """
 
 import argparse

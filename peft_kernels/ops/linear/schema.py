@@ -27,6 +27,7 @@ define_op(
     f"(Tensor x, {BASE_SCHEMA}, SymInt out_features, Tensor? lora_a, Tensor? lora_b, float scaling, "
     "Tensor? column_scale, Tensor? input_scale, Tensor? bias, float dropout_p, Tensor? seed, "
     "bool save_preactivation) -> (Tensor y, Tensor u, Tensor z)",
+    triton="peft_kernels.ops.linear.triton",
 )
 define_op(
     "adapted_linear_backward",
@@ -35,6 +36,7 @@ define_op(
     "bool need_x, bool need_lora_a, bool need_lora_b, bool need_column_scale, bool need_input_scale, "
     "bool need_bias) -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dcolumn_scale, "
     "Tensor dinput_scale, Tensor dbias)",
+    triton="peft_kernels.ops.linear.triton",
 )
 define_op(
     "nf4_linear_int8",
