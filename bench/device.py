@@ -46,7 +46,7 @@ class CPU:
     """Wall clock and CPU time in this process; memory in a child process."""
 
     name = "cpu"
-    failures = ()
+    failures: tuple[type[Exception], ...] = ()
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -81,7 +81,7 @@ class GPU:
 
     name = "cuda"
     # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, the others go on.
-    failures = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+    failures: tuple[type[Exception], ...] = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
