@@ -36,7 +36,7 @@ bench: build ## Measure every kernel against its baselines (quick suite)
 	$(BIN)/python -m peft_kernels.bench --suite quick
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
-	cd tests && ../$(BIN)/python -m gpuless.report
+	cd tests && ../$(BIN)/python -m gpuless.tables
 
 lint: venv ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Fixtures for every test: one thread, a fixed seed, poisoned memory, and the choice of backend."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,13 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
     else:
         with pk.use_backend("reference"):
             yield "reference"
+
+
+@pytest.fixture(params=[80, 90, 120], ids=lambda arch: f"sm_{arch}")
+def gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
+    """Run the test on an emulated GPU with Triton's kernels, over poisoned memory; any finding raises."""
+    import gpuless
+    import peft_kernels as pk
+
+    with gpuless.device(request.param) as gpu, pk.use_backend("triton"):
+        yield gpu

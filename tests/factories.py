@@ -10,7 +10,9 @@ import numerics
 import peft_kernels as pk
 from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
+from peft_kernels.core.gpu import gpu
 from peft_kernels.core.plan import Product
+from peft_kernels.ops.linear import triton_plan
 
 WEIGHTS = ("dense", "nf4", "nf4_double")
 PARTS = ("lora", "column_scale", "input_scale", "bias")
@@ -112,22 +114,30 @@ class Problem:
         }
 
     def base_roundoff(self, direction: str) -> float:
-        """What the native backend's 16-bit products with the weight may add, relative to their magnitude.
+        """What 16-bit products with the weight may add, relative to their magnitude.
 
-        A dense weight's is torch's GEMM: it takes 16-bit operands (x * l_in, or c * g, rounded once) and
-        returns a 16-bit result (rounded once), as torch.nn.functional.linear does. An NF4 weight (times the
-        scale that is multiplied into it) is rounded once where bf16 panels are planned.
+        On the CPU a dense weight's is torch's GEMM: it takes 16-bit operands (x * l_in, or c * g, rounded once)
+        and returns a 16-bit result (rounded once), as torch.nn.functional.linear does. On a GPU the result is
+        not rounded. An NF4 weight (times the scale that is multiplied into it) is rounded once, except where
+        the plan looks up its codes without tensor cores, or has fp32 panels.
         """
         dtype = self.grad.dtype
-        if backend_of("adapted_linear", "cpu") == "reference" or dtype.itemsize != 2:
+        backend = backend_of("adapted_linear", "cpu")
+        if backend == "reference" or dtype.itemsize != 2:
             return 0.0
         if isinstance(self.weight, torch.Tensor):
-            return 2 * numerics.unit_roundoff(dtype)
-        backward = direction == "backward"
-        tokens, in_features = self.tensors["x"].shape
-        product = Product(in_features, self.weight.blocksize, dtype, self.grad.device)
-        bf16 = plan.method(product, tokens, backward=backward) == "bf16 panels"
-        return numerics.unit_roundoff(dtype) if bf16 else 0.0
+            return (1 if backend == "triton" else 2) * numerics.unit_roundoff(dtype)
+        method = self._method(backend, backward=direction == "backward")
+        exact = ("decode", "look-up GEMV", "fp32 panels")
+        return 0.0 if method in exact else numerics.unit_roundoff(dtype)
+
+    def _method(self, backend: str, backward: bool) -> str:
+        (m, k), n = self.tensors["x"].shape, self.grad.shape[1]
+        if backend == "triton":
+            plan_of = triton_plan.backward_plan if backward else triton_plan.forward_plan
+            return plan_of(triton_plan.Product(m, n, k, self.weight.blocksize, self.grad.dtype), gpu()).method
+        product = Product(k, self.weight.blocksize, self.grad.dtype, self.grad.device)
+        return plan.method(product, m, backward=backward)
 
     def absolute(self) -> numerics.Tensors:
         """Inputs by magnitude."""

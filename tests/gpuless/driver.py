@@ -81,6 +81,7 @@ class EmulatedGPU:
     arch: int | str
     execute: bool
     strict: bool
+    counts: bool
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -146,8 +147,12 @@ class _Launcher:
         )  # fmt: skip
         gpu.launches.append(record)
         if gpu.execute and x * y * z:
-            arguments = [value for value, is_one in zip(bound, self._is_argument, strict=True) if is_one]
-            record.result = launch(ptx, (x, y, z), arguments, shared=metadata.shared, strict=gpu.strict)
+            named = zip(self._source.signature, bound, self._is_argument, strict=True)
+            given = {name: value for name, value, is_one in named if is_one}
+            record.result = launch(
+                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared, strict=gpu.strict,
+                counts=gpu.counts,
+            )  # fmt: skip
 
 
 class EmulatedDriver(DriverBase):
@@ -202,13 +207,16 @@ def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torc
 
 
 @contextlib.contextmanager
-def device(arch: int | str, *, execute: bool = True, strict: bool = True) -> Iterator[EmulatedGPU]:
+def device(
+    arch: int | str, *, execute: bool = True, strict: bool = True, counts: bool = False
+) -> Iterator[EmulatedGPU]:
     """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.
 
     Args:
         arch: 80, 86, 89, 90 or 120; with execute=False also 100, "gfx90a", "gfx942" and "gfx1100".
         execute: False compiles and records the launches without running them: tensors may then be large.
         strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
+        counts: count instructions, memory transactions and bytes of every launch (slower).
 
     Yields:
         The device, with the list of its launches.
@@ -219,7 +227,7 @@ def device(arch: int | str, *, execute: bool = True, strict: bool = True) -> Ite
         raise ValueError(
             f"execute must be False for AMD GPUs, whose code is not emulated, got True for {arch}"
         )
-    gpu, config = EmulatedGPU(arch, execute, strict), triton.runtime.driver
+    gpu, config = EmulatedGPU(arch, execute, strict, counts), triton.runtime.driver
     before, originals = config._active, dict(backends)
     backends["nvidia"] = Backend(_PtxCompiler, originals["nvidia"].driver)
     backends["amd"] = Backend(_AmdCompiler, originals["amd"].driver)

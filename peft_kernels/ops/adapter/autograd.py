@@ -32,6 +32,8 @@ class BottleneckAdapter(torch.autograd.Function):
         a, x = Operands(*operands), flatten(hidden)
         shortcut = x if residual_is_hidden else None if residual is None else flatten(residual)
         results = resolve("bottleneck_adapter", hidden)(x, shortcut, *operands, need_down, need_up)
+        # Not in backward: for a GPU's tensors autograd runs it in a thread that use_backend does not reach.
+        ctx.backward_op = resolve("bottleneck_adapter_backward", hidden)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             hidden, a.down_weight, a.down_bias, a.up_weight, a.up_bias, a.scale, a.gate, a.seed
@@ -78,7 +80,7 @@ class BottleneckAdapter(torch.autograd.Function):
             upstream: torch.Tensor, gated: bool, to_hidden: bool, below: torch.Tensor | None
         ) -> list[torch.Tensor | None]:
             need = (*wanted[:6], wanted[6] and gated)
-            results = resolve("bottleneck_adapter_backward", hidden)(
+            results = ctx.backward_op(
                 *(flatten(upstream), None if below is None else flatten(below), flatten(hidden)),
                 *(down_weight, down_bias, up_weight, up_bias, activation, scaling, scale),
                 *(gate if gated else None, dropout_p if gated else 0.0, seed if gated else None),

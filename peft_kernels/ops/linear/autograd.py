@@ -17,6 +17,8 @@ class AdaptedLinear(torch.autograd.Function):
         """`ForwardArgs`, but for x [..., K], to y [..., N]."""
         args, need = ForwardArgs(x, *rest), ForwardArgs(*ctx.needs_input_grad)
         y, u, z = resolve("adapted_linear", x)(flatten(x), *rest, need.column_scale)
+        # Not in backward: for a GPU's tensors autograd runs it in a thread that use_backend does not reach.
+        ctx.backward_op = resolve("adapted_linear_backward", x)
         ctx.save_for_backward(
             x if need.lora_a or need.input_scale else None,
             *base_weight(args)[:5],
@@ -54,7 +56,7 @@ class AdaptedLinear(torch.autograd.Function):
             x = grad.new_empty((), dtype=ctx.x_dtype).expand(ctx.x_shape)
         need = ForwardArgs(*ctx.needs_input_grad)
         needs = (need.x, need.lora_a, need.lora_b, need.column_scale, need.input_scale, need.bias)
-        gradients = resolve("adapted_linear_backward", grad)(
+        gradients = ctx.backward_op(
             *(flatten(grad), flatten(x), *base, *ctx.blocksizes),
             *(lora_a, lora_b, ctx.scaling, column_scale, input_scale, ctx.dropout_p, seed, u, z, *needs),
         )

@@ -29,7 +29,8 @@ def adapted_linear_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     """Launch the backward; see `reference.adapted_linear_backward`."""
     a = BackwardArgs(*args)
     check_adapted_linear_backward(a)
-    f, grad = with_plain_strides(a.forward), with_plain_rows(a.grad)
+    f = with_plain_strides(a.forward, read_x=a.need_lora_a or a.need_input_scale)
+    grad = with_plain_rows(a.grad)
     sums = sums_over_grad(a, f, grad)
     dlora_a = lora_a_gradient(f, sums.du) if a.need_lora_a and sums.du is not None else None
     dx, dinput_scale = input_gradient(f, grad, sums.du, a.need_x, a.need_input_scale)

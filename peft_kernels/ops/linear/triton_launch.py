@@ -18,16 +18,15 @@ PANEL = Tile(0, 32, 128)
 SKINNY = Tile(64, 64, 64)  # products with a side of length r
 
 
-def with_plain_strides(a: ForwardArgs) -> ForwardArgs:
-    """The same arguments: rows of x without a stride of their own, everything else contiguous."""
-    base = base_weight(a)
-    base = contiguous(base)
+def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:
+    """The same arguments: rows of x (if it is read) with plain rows, everything else contiguous."""
+    base = contiguous(base_weight(a))
 
     def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
     return ForwardArgs(
-        with_plain_rows(a.x), *base, a.out_features, dense(a.lora_a), dense(a.lora_b), a.scaling,
+        with_plain_rows(a.x) if read_x else a.x, *base, a.out_features, dense(a.lora_a), dense(a.lora_b), a.scaling,
         dense(a.column_scale), dense(a.input_scale), dense(a.bias), a.dropout_p, a.seed,
     )  # fmt: skip
 

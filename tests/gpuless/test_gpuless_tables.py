@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gpuless import report
+from gpuless import tables
 from gpuless.launches import (
     WITHOUT_TRITON,
     Configuration,
@@ -43,12 +43,12 @@ def test_every_op_has_a_kernel_or_a_reason():
 
 
 def test_the_document_lists_the_configurations_that_are_shipped():
-    assert report.documented(report.DOCUMENT.read_text()) == report.shipped()
+    assert tables.documented(tables.DOCUMENT.read_text()) == tables.shipped()
 
 
 @pytest.mark.slow
 def test_the_document_is_what_the_code_is():
-    assert report.main(["--check"]) == 0
+    assert tables.main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("arch", [90, "gfx942"])
@@ -60,7 +60,7 @@ def test_configurations_need_no_compiler(arch):
 
 
 def test_a_good_kernel_has_no_fault():
-    assert report.faults(of(), {}) == []
+    assert tables.faults(of(), {}) == []
 
 
 @pytest.mark.parametrize(
@@ -73,40 +73,40 @@ def test_a_good_kernel_has_no_fault():
     ],
 )
 def test_a_broken_rule_needs_a_reason(changes, words):
-    (sentence,) = report.faults(of(**changes), {})
+    (sentence,) = tables.faults(of(**changes), {})
     assert sentence.startswith("product_kernel(BM=64), 4 warps, 3 stages on sm_80 ")
     assert words in sentence
-    assert report.faults(of(**changes), {("product_kernel", 80): "because"}) == []
-    assert report.faults(of(**changes), {("product_kernel", 90): "because"})[0] == sentence
+    assert tables.faults(of(**changes), {("product_kernel", 80): "because"}) == []
+    assert tables.faults(of(**changes), {("product_kernel", 90): "because"})[0] == sentence
 
 
 def test_a_reason_that_is_not_needed_is_a_fault():
-    (sentence,) = report.faults(of(), {("product_kernel", 80): "because"})
+    (sentence,) = tables.faults(of(), {("product_kernel", 80): "because"})
     assert "is not needed" in sentence
 
 
 def test_the_table_says_what_a_kernel_takes():
-    table = report.budget_table(of(), targets=(80, "gfx942"))
+    table = tables.budget_table(of(), targets=(80, "gfx942"))
     assert table.splitlines()[2] == (
         "| `product_kernel(BM=64), 4 warps, 3 stages` | 96 · 33 · 4 (25%) · 32 | – |"
     )
-    assert "**spill 16 B, stack 0 B**" in report.budget_table(of(spill_bytes=16), targets=(80,))
+    assert "**spill 16 B, stack 0 B**" in tables.budget_table(of(spill_bytes=16), targets=(80,))
 
 
 def test_the_document_is_rewritten_between_its_markers():
     text = "before\n<!-- budgets: x -->\nold\n<!-- end of budgets -->\nafter\n"
-    new = report.with_section(text, "budgets", report.budget_table(of(), (80, 90)))
+    new = tables.with_section(text, "budgets", tables.budget_table(of(), (80, 90)))
     assert new.startswith("before\n<!-- budgets: x -->\n| kernel")
     assert new.endswith("\n<!-- end of budgets -->\nafter\n")
-    assert report.documented(new) == {str(PRODUCT): {"sm_80"}}
+    assert tables.documented(new) == {str(PRODUCT): {"sm_80"}}
     with pytest.raises(ValueError, match="must have the markers of budgets"):
-        report.section("nothing", "budgets")
+        tables.section("nothing", "budgets")
 
 
 def test_one_entry_for_the_specialisations_of_a_configuration():
     few, many = (dataclasses.replace(GOOD, occupancy=Occupancy(n, 0.1, "registers")) for n in (2, 5))
-    assert max([many, few], key=report._demand) is few
-    assert max([few, dataclasses.replace(many, spill_bytes=4)], key=report._demand).spill_bytes == 4
+    assert max([many, few], key=tables._demand) is few
+    assert max([few, dataclasses.replace(many, spill_bytes=4)], key=tables._demand).spill_bytes == 4
 
 
 def test_calls_without_values_have_the_right_shapes_and_bytes():
