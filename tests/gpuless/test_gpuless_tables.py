@@ -116,6 +116,7 @@ def test_calls_without_values_have_the_right_shapes_and_bytes():
         y.add_(1)
     assert (y.shape, y.dtype) == ((8, 16), torch.float32)
     product, cast, added = calls.calls[-3:]
+    assert (product.flops, cast.flops) == (2 * 8 * 4096 * 16, 0)
     assert (product.name, product.read_bytes, product.write_bytes) == ("mm", 2 * (8 + 16) * 4096, 2 * 8 * 16)
     assert (cast.read_bytes, cast.write_bytes) == (2 * 8 * 16, 4 * 8 * 16)
     assert (added.read_bytes, added.write_bytes) == (4 * 8 * 16, 4 * 8 * 16)
@@ -134,7 +135,7 @@ def test_a_launcher_must_not_wait_for_a_value():
 
 def test_an_expanded_dimension_is_in_memory_once():
     assert bytes_of([torch.ones(4, 1).expand(4, 100), torch.ones(2, 3)]) == 4 * (4 + 6)
-    assert bytes_of(torch.ones(0, 4)) == 0
+    assert bytes_of([torch.ones(0, 4)]) == 0
 
 
 def test_targets_are_those_of_the_issue():

@@ -5,6 +5,7 @@ but torch ops. The rule for bytes is the same for all of them: an op reads its i
 outputs once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +32,26 @@ class TorchCall:
     """An op that did something: not a view, not an allocation."""
 
     name: str
-    read_bytes: int
-    write_bytes: int
+    read: tuple[torch.Tensor, ...]
+    written: tuple[torch.Tensor, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Of its inputs."""
+        return bytes_of(self.read)
+
+    @property
+    def write_bytes(self) -> int:
+        """Of its outputs."""
+        return bytes_of(self.written)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of a matrix product, which dominate everything else; otherwise 0."""
+        if "mm" not in self.name:
+            return 0
+        (rows, inner), (_, columns) = (operand.shape for operand in self.read[-2:])
+        return 2 * rows * inner * columns
 
 
 class TorchCalls(TorchDispatchMode):
@@ -48,6 +67,7 @@ class TorchCalls(TorchDispatchMode):
         super().__init__()
         self.execute, self.compute_up_to = execute, compute_up_to
         self.calls: list[TorchCall] = []
+        self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,16 +77,22 @@ class TorchCalls(TorchDispatchMode):
             with self:  # for what the launcher calls
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if func.is_view or name in (*_ALLOCATE, *_KEEP):
+        if name in _ALLOCATE:
+            self.made.append(results := func(*args, **kwargs))
+            return results
+        if func.is_view or name in _KEEP:
             return func(*args, **kwargs)
         run = func if self.execute or self._small(args) else partial(_without_values, func)
         results = run(*args, **kwargs)
-        written = _written(func, args, kwargs) or results
-        self.calls.append(TorchCall(name, bytes_of((args, kwargs)), bytes_of(written)))
+        changed = _written(func, args, kwargs)
+        written = changed or _tensors(results)
+        if not changed:
+            self.made += written
+        self.calls.append(TorchCall(name, tuple(_tensors((args, kwargs))), tuple(written)))
         return results
 
     def _small(self, args: Any) -> bool:
-        sizes = [value.numel() for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+        sizes = [tensor.numel() for tensor in _tensors(args)]
         return bool(sizes) and max(sizes) <= self.compute_up_to
 
     @property
@@ -75,14 +101,17 @@ class TorchCalls(TorchDispatchMode):
         return sum(call.read_bytes + call.write_bytes for call in self.calls)
 
 
-def bytes_of(tensors: Any) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that tensors have in memory: those of an expanded dimension are there once."""
     total = 0
-    for tensor in tree_leaves(tensors):
-        if isinstance(tensor, torch.Tensor):
-            sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-            total += tensor.element_size() * torch.Size(sizes).numel() if tensor.numel() else 0
+    for tensor in tensors:
+        sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        total += tensor.element_size() * torch.Size(sizes).numel() if tensor.numel() else 0
     return total
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -113,6 +142,6 @@ def _without_values(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     inputs, options = tree_map(meta, (args, kwargs))
     makes_tensors = any(argument.name == "device" for argument in func._schema.arguments)
-    if makes_tensors and not any(isinstance(value, torch.Tensor) for value in tree_leaves(args)):
+    if makes_tensors and not _tensors(args):
         options["device"] = torch.device("meta")
     return tree_map(memory, func(*inputs, **options))
