@@ -22,6 +22,7 @@ from peft_kernels.bench import registry
 from peft_kernels.bench.case import CHECK_SEED, OURS, Case
 from peft_kernels.bench.oracle import compare
 from peft_kernels.core.backend import backend_of
+from peft_kernels.core.gpu import gpu, why_no_gpu
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, native_library
 
 LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "numpy")
@@ -71,9 +72,7 @@ def hardware() -> Section:
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "CUDA in torch": cuda_build,
         "GPUs": ", ".join(gpus) or "none visible",
-        "Triton": "ready"
-        if gpus and _version("triton") != ABSENT
-        else "idle: needs the triton package and a GPU",
+        "Triton": f"idle: {reason}" if (reason := why_no_gpu()) else f"ready for {gpu().arch}",
         **{name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 

@@ -41,8 +41,8 @@ def why_no_gpu() -> str | None:
         _driver()
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    except RuntimeError as error:
-        return str(error)
+    except RuntimeError:  # "0 active drivers"
+        return "Triton finds none on this machine"
     return None
 
 

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,19 @@ def plans(product: Product) -> dict[str, Plan]:
     return {"forward": _plan(product, backward=False), "input gradient": _plan(product, backward=True)}
 
 
-@functools.cache
-def _plan(product: Product, *, backward: bool) -> Plan:
-    names = [method(product, tokens, backward=backward) for tokens in range(1, MOST_TOKENS + 1)]
+def plan_of(methods: Sequence[str]) -> Plan:
+    """The plan whose method for M tokens is `methods[M - 1]`, the last of them also for more."""
     regimes, first = [], 1
-    for name, run in itertools.groupby(names):
+    for name, run in itertools.groupby(methods):
         last = first + len(list(run)) - 1
-        regimes.append(Regime(first, last if last < MOST_TOKENS else None, name))
+        regimes.append(Regime(first, last if last < len(methods) else None, name))
         first = last + 1
     return Plan(tuple(regimes))
+
+
+@functools.cache
+def _plan(product: Product, *, backward: bool) -> Plan:
+    return plan_of([method(product, tokens, backward=backward) for tokens in range(1, MOST_TOKENS + 1)])
 
 
 @functools.cache

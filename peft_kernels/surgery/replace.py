@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from peft_kernels.core.checks import check_module
-from peft_kernels.core.plan import Product, plans
+from peft_kernels.core.plan import Product
+from peft_kernels.ops.linear.regimes import plans
 from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
 from peft_kernels.surgery.report import Report, Row, Work
 
@@ -81,7 +82,7 @@ def explain(model: nn.Module) -> Report:
 
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
     stock forward because of its input, the row says so. Below the layers: which methods compute the products
-    with their NF4 weights on this CPU, by number of tokens.
+    with their NF4 weights on this machine, by number of tokens.
     """
     check_module("model", model, "pass the loaded model itself")
     rows, products = [], Counter[Product]()

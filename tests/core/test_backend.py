@@ -114,7 +114,8 @@ def test_unknown_backend() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cuda", "not part of this version"), ("triton", "needs a GPU: 0 active drivers")]
+    ("name", "message"),
+    [("cuda", "not part of this version"), ("triton", "needs a GPU: Triton finds none on this machine")],
 )
 def test_backend_that_is_not_here(name: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message), pk.use_backend(name):

@@ -37,8 +37,8 @@ _FUNCTIONS: dict[str, Callable[[NDArray], NDArray]] = {
 
 
 def kind_of(ins: Instruction) -> str:
-    """Type of the operands, f16x2 and the like as f16."""
-    return PACKED.get(ins.types[-1], ins.types[-1])
+    """Type of the result, f16x2 and the like as f16."""
+    return PACKED.get(ins.types[0], ins.types[0])
 
 
 def widen(values: NDArray, kind: str) -> NDArray:
@@ -80,8 +80,10 @@ def _finish(ins: Instruction, kind: str) -> Callable[[NDArray], NDArray] | None:
 
 def _bind(m: Machine, ins: Instruction, function: Callable[..., NDArray]) -> Closure:
     """d = finish(function(operands)); inputs flushed for .ftz."""
-    kind, full = kind_of(ins), ins.types[-1]
+    kind, full = kind_of(ins), ins.types[0]
     d = target(m, ins, ins.operands[0], full)
+    if len(ins.types) == 2:  # add.f32.bf16 d, a, c: the last operand is float32, the others are narrower
+        return _bind_mixed(m, ins, function)
     values = [source(m, ins, o, full) for o in ins.operands[1:]]
     finish = _finish(ins, kind)
     if ins.has("ftz") and kind == "f32":
@@ -89,6 +91,15 @@ def _bind(m: Machine, ins: Instruction, function: Callable[..., NDArray]) -> Clo
     if finish:
         return lambda: assign(m, d, finish(function(*values)))
     return lambda: assign(m, d, function(*values))
+
+
+def _bind_mixed(m: Machine, ins: Instruction, function: Callable[..., NDArray]) -> Closure:
+    of, finish = ins.types[1], _finish(ins, "f32") or (lambda x: x)
+    d = target(m, ins, ins.operands[0], "f32")
+    narrower = [source(m, ins, o, of) for o in ins.operands[1:-1]]
+    last = source(m, ins, ins.operands[-1], "f32")
+    to_f32 = bf16_to_f32 if of == "bf16" else np.float32
+    return lambda: assign(m, d, finish(function(*(to_f32(v) for v in narrower), last)))
 
 
 def _mode(ins: Instruction) -> str:
@@ -101,10 +112,10 @@ def floating(m: Machine, ins: Instruction) -> Closure:
 
 
 def _add_multiply(m: Machine, ins: Instruction) -> Closure:
-    kind, full, mode = kind_of(ins), ins.types[-1], _mode(ins)
+    kind, mode = kind_of(ins), _mode(ins)
     ufunc = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[ins.opcode]
     if kind in ("f32", "f64", "f16") and mode == "rn":
-        if full == kind and not ins.has("ftz", "sat"):
+        if ins.types == (kind,) and not ins.has("ftz", "sat"):
             d = target(m, ins, ins.operands[0], kind)
             a, b = (source(m, ins, o, kind) for o in ins.operands[1:])
             return lambda: ufunc(a, b, out=d, where=m.where)

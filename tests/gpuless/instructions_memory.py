@@ -72,7 +72,9 @@ def _loader(m: Machine, ins: Instruction, space: str, size: int, item: int) -> L
         results = [spaces[name](a, who) for name, a, who, _ in by_space(m, address, lanes)]
         if len(results) == 1:
             return results[0]
-        return np.concatenate([v for v, _ in results]), np.concatenate([everyone(w, m.lanes) for _, w in results])
+        return np.concatenate([v for v, _ in results]), np.concatenate(
+            [everyone(w, m.lanes) for _, w in results]
+        )
 
     return generic
 
@@ -81,7 +83,11 @@ def by_space(m: Machine, address: NDArray, lanes: object) -> list[tuple[str, NDA
     """Generic addresses as (state space, address in it, lanes, index of these among the given)."""
     from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
 
-    windows = (("global", 0, SHARED_WINDOW), ("shared", SHARED_WINDOW, LOCAL_WINDOW), ("local", LOCAL_WINDOW, 1 << 62))
+    windows = (
+        ("global", 0, SHARED_WINDOW),
+        ("shared", SHARED_WINDOW, LOCAL_WINDOW),
+        ("local", LOCAL_WINDOW, 1 << 62),
+    )
     parts: list[tuple[str, NDArray, object, object]] = []
     for name, low, high in windows:
         inside = (address >= low) & (address < high) if name != "global" else (address < high)
@@ -89,7 +95,9 @@ def by_space(m: Machine, address: NDArray, lanes: object) -> list[tuple[str, NDA
         if count == len(address):
             return [(name, address - low, lanes, slice(None))]
         if count:
-            parts.append((name, address[inside] - low, everyone(lanes, m.lanes)[inside], np.flatnonzero(inside)))
+            parts.append(
+                (name, address[inside] - low, everyone(lanes, m.lanes)[inside], np.flatnonzero(inside))
+            )
     return parts
 
 
@@ -154,10 +162,10 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
         def wait() -> None:
             if everything:
                 copies.commit(m.active.lanes)
-            for (index, values, lanes, size), chosen in copies.wait(m.active.mask, leave):
+            for (copy, index, values, lanes, size), chosen in copies.wait(m.active.mask, leave):
                 if chosen is not None:
                     index, values, lanes = index[chosen], values[chosen], lanes[chosen]
-                shared.finish_copy(index, lanes, size, values)
+                shared.finish_copy(copy, index, lanes, size, values)
 
         return wait
 
@@ -188,7 +196,7 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
             if np.count_nonzero((count != 0) & (count != size)):
                 octets = values.view(np.uint8)
                 octets[np.arange(size) >= count[:, None]] = 0
-        copies.issue((index, values, kept, size), kept, ins)
+        copies.issue((ins, index, values, kept, size), kept, ins)
 
     return copy
 
@@ -295,7 +303,16 @@ def _fence(m: Machine, ins: Instruction) -> Closure:
     return lambda: None
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "nanosleep", "setmaxnreg", "pmevent")
+@instruction(
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "nanosleep",
+    "setmaxnreg",
+    "pmevent",
+)
 def _hint(m: Machine, ins: Instruction) -> Closure:
     return lambda: None
 
@@ -304,5 +321,3 @@ def _hint(m: Machine, ins: Instruction) -> Closure:
 def _policy(m: Machine, ins: Instruction) -> Closure:
     d = target(m, ins, ins.operands[0], "b64")
     return lambda: np.copyto(d, np.uint64(0), where=m.where)
-
-

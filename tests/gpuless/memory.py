@@ -141,6 +141,13 @@ class LocalMemory(_PerLaneMemory):
         self.rows(values.itemsize, size)[index // size] = keep(values, lanes, kept)
 
 
+def _put(memory: NDArray, at: NDArray, values: NDArray) -> NDArray[np.bool_] | None:
+    """memory[at] = values; which of them another one has overwritten with something else, None where nobody."""
+    memory[at] = values
+    lost = (memory[at] != values).any(1)
+    return lost if np.count_nonzero(lost) else None
+
+
 def keep(values: NDArray, lanes: Lanes, kept: Lanes) -> NDArray:
     """The rows of `values` (one per lane of `lanes`) that belong to `kept`, a subset in the same order."""
     if kept is lanes or (not isinstance(lanes, slice) and len(kept) == len(lanes)):
@@ -253,14 +260,6 @@ class SharedMemory(_PerLaneMemory):
         self.writer[granule] = code
         if self.unfenced is not None:
             self.unfenced[granule] = True
-        after = self.writer[granule]
-        other = (after ^ code) >> 6 != 0
-        if np.count_nonzero(other):
-            at = int(np.flatnonzero(other)[0])
-            self.m.report(
-                "shared race", ins, lanes[other],
-                f"write and write by {self._who(after[at])} of {self._where(granule[at])} by one instruction",
-            )  # fmt: skip
 
     def update(self, ins: Instruction, granule: NDArray, code: NDArray, lanes: NDArray) -> None:
         """Check these atomics against plain reads and writes of the same epoch, and remember them."""
@@ -348,7 +347,17 @@ class SharedMemory(_PerLaneMemory):
             self.m.counts.shared_access(ins, address, lanes, size, self.m.lanes)
         index, kept = self.locate(ins, address, lanes, size)
         self.write(ins, *self.granules(index, kept, size))
-        self.rows(values.itemsize, size)[index // size] = keep(values, lanes, kept)
+        self.put(ins, index, kept, size, keep(values, lanes, kept))
+
+    def put(self, ins: Instruction, index: NDArray, lanes: Lanes, size: int, values: NDArray) -> None:
+        """Write, and report threads that lose to another one: copies of one value are harmless."""
+        lost = _put(self.rows(values.itemsize, size), index // size, values)
+        if lost is not None:
+            byte = int(index[lost][0]) % self.stride
+            self.m.report(
+                "shared race", ins, everyone(lanes, self.m.lanes)[lost],
+                f"two threads write different values to byte {byte} of shared memory{self.symbol(byte)} at once",
+            )  # fmt: skip
 
     def begin_copy(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int) -> tuple[NDArray, NDArray]:
         """A cp.async will write here: (index into data, lanes)."""
@@ -360,10 +369,10 @@ class SharedMemory(_PerLaneMemory):
         self.writer[granule] = -2 - self.m.thread[numbers]
         return index, everyone(kept, self.m.lanes)
 
-    def finish_copy(self, index: NDArray, lanes: NDArray, size: int, values: NDArray) -> None:
+    def finish_copy(self, ins: Instruction, index: NDArray, lanes: NDArray, size: int, values: NDArray) -> None:
         """The data of a cp.async arrives."""
         granule, code, numbers = self.granules(index, lanes, size)
-        self.rows(values.itemsize, size)[index // size] = values
+        self.put(ins, index, lanes, size, values)
         self.writer[granule] = code | 1
         if self.unfenced is not None:
             self.unfenced[granule] = True
@@ -514,7 +523,14 @@ class GlobalMemory:
             m.counts.global_access(ins, address, lanes, size, m.lanes)
         for segment, byte, part in self.split(m, ins, address, lanes, size):
             self.note_write(m, ins, segment, byte, part, size, strong)
-            _rows(segment.data, values.itemsize, size, segment.views)[byte // size] = keep(values, lanes, part)
+            rows = _rows(segment.data, values.itemsize, size, segment.views)
+            lost = _put(rows, byte // size, keep(values, lanes, part))
+            if lost is not None:
+                where = segment.name(int(byte[lost][0]))
+                m.report(
+                    "global race", ins, everyone(part, m.lanes)[lost],
+                    f"two threads write different values to {where} at once",
+                )  # fmt: skip
 
     def note_write(
         self, m: Machine, ins: Instruction, segment: Segment, byte: NDArray, lanes: Lanes, size: int, atomic: bool

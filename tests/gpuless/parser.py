@@ -91,7 +91,9 @@ class Program:
 
 def split_vector(operand: str) -> list[str]:
     """``{%r1, %r2}`` -> [%r1, %r2]; any other operand is a vector of one."""
-    return [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    return (
+        [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    )
 
 
 def split_address(operand: str) -> tuple[str, int]:
@@ -113,7 +115,9 @@ def parse(ptx: str, name: str | None = None) -> Program:
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)([^{;]*)\{", text))
     chosen = [e for e in entries if name is None or e[1] == name] or [e for e in entries if name in e[1]]
     if len(chosen) != 1:
-        raise ParseError(f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full")
+        raise ParseError(
+            f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full"
+        )
     entry = chosen[0]
     end = _closing_brace(text, entry.end())
     parser = _Body(_files(text))
@@ -215,11 +219,15 @@ class _Body:
 
     def read(self, text: str, start: int, end: int) -> None:
         position, source = start, ""
-        token = re.compile(r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)")
+        token = re.compile(
+            r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)"
+        )
         while text[position:end].strip():
             match = token.match(text, position, end)
             if not match:
-                raise ParseError(f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}")
+                raise ParseError(
+                    f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}"
+                )
             if match[1]:
                 source = f"{self.files.get(match[1], '?')}:{match[2]}"
             elif match[3]:
@@ -246,7 +254,9 @@ class _Body:
                     raise ParseError(f"line {line}: {statement}")
                 self.declare(declaration, extern=False)
             elif directive == ".branchtargets":
-                table = next(name for name, at in reversed(self.labels.items()) if at == len(self.instructions))
+                table = next(
+                    name for name, at in reversed(self.labels.items()) if at == len(self.instructions)
+                )
                 self.branch_tables[table] = [t.strip() for t in statement.split(None, 1)[1].split(",")]
             return  # .pragma, .section and others say nothing about meaning
         parsed = _STATEMENT.fullmatch(statement)
@@ -275,13 +285,20 @@ class _Body:
         if not match:
             raise ParseError(statement)
         for item in match[2].split(","):
-            name = item.strip().split("<")[0]
+            name = re.sub(r"<\d+>", "<>", item.strip())
             if len(self.scopes) > 1:
                 self.scopes[-1][name] = f"{name}@{len(self.instructions)}"
-            self.widths[self._resolve(name) + ("<>" if "<" in item else "")] = type_bits(match[1])
+            self.widths[self._resolve(name)] = type_bits(match[1])
 
     def _resolve(self, name: str) -> str:
-        return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)
+        """The unique name of a register or label here."""
+        family, digits = re.fullmatch(r"(.*?)(\d*)", name).groups()
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+            if digits and f"{family}<>" in scope:
+                return scope[f"{family}<>"].replace("<>", digits)
+        return name
 
     def _rename(self, operand: str) -> str:
         if len(self.scopes) == 1:
@@ -295,7 +312,11 @@ class _Body:
         for name, unique in scope.items():  # branches to a label further down in the scope
             if unique in self.labels:
                 for i, ins in enumerate(self.instructions):
-                    if ins.opcode == "bra" and ins.operands == (name,) and i >= int(unique.split("@")[1]) - 64:
+                    if (
+                        ins.opcode == "bra"
+                        and ins.operands == (name,)
+                        and i >= int(unique.split("@")[1]) - 64
+                    ):
                         object.__setattr__(ins, "operands", (unique,))
 
 
@@ -309,8 +330,7 @@ def _constant(text: str, size: int) -> bytes:
 
 def _assign_slots(program: Program, widths: dict[str, int]) -> None:
     def width(name: str) -> int | None:
-        family = re.match(r"(%?[A-Za-z_$]+?)\d+$", name)
-        return widths.get(name) or (widths.get(family[1] + "<>") if family else None)
+        return widths.get(name) or widths.get(re.sub(r"\d+(?=@|$)", "<>", name, count=1))
 
     for ins in program.instructions:
         for name in re.findall(r"[%$A-Za-z_][$\w@]*", " ".join((ins.guard or "", *ins.operands))):

@@ -14,7 +14,7 @@ def store_input_gradient(
     seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
     R: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; and sum_m x t into its block's part."""
+    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; sum_m x t into its block's part."""
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     if partial_ptr is not None:
         x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + columns[None, :], mask=inside, other=0.0)
@@ -55,7 +55,7 @@ def input_gradient_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """A batch of tokens: t = (c g) W, W decoded tile by tile; c goes into absmax. Splits are over W's rows."""
+    """A batch of tokens: t = (c g) W, W decoded tile by tile, c in its absmax. Splits are over W's rows."""
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     first_column = tl.program_id(0) * BK
     columns = first_column + tl.arange(0, BK)
@@ -82,8 +82,9 @@ def input_gradient_kernel(
         tl.store(partial_ptr + at, t, mask=(rows < M)[:, None] & (columns < K)[None, :])
     else:
         store_input_gradient(
-            t, rows, tl.program_id(1), columns, first_column, dx_ptr, du_ptr, lora_a_ptr, input_scale_ptr, x_ptr,
-            input_scale_partial_ptr, seed_ptr, threshold, keep_scale, M, K, x_stride, rank, R, GROUPED, PRECISION,
+            t, rows, tl.program_id(1), columns, first_column, dx_ptr, du_ptr, lora_a_ptr, input_scale_ptr,
+            x_ptr, input_scale_partial_ptr, seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
+            R, GROUPED, PRECISION,
         )  # fmt: skip
 
 
@@ -103,14 +104,15 @@ def input_gradient_epilogue_kernel(
     column = first + tl.arange(0, BK)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
     t = tl.zeros((BM, BK), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         at = (split * tokens + row[:, None]).to(tl.int64) * width + column[None, :]
         t += tl.load(partial_ptr + at, mask=inside, other=0.0).to(tl.float32)
     rows = first_token + row  # past `tokens` they are past M: only the last chunk is ragged
     columns = tl.where(column < width, first_input + column, K)  # past the end: masked
     store_input_gradient(
-        t, rows, first_token // BM + tl.program_id(1), columns, first_input + first, dx_ptr, du_ptr, lora_a_ptr, input_scale_ptr, x_ptr,
-        input_scale_partial_ptr, seed_ptr, threshold, keep_scale, M, K, x_stride, rank, R, GROUPED, PRECISION,
+        t, rows, first_token // BM + tl.program_id(1), columns, first_input + first, dx_ptr, du_ptr, lora_a_ptr,
+        input_scale_ptr, x_ptr, input_scale_partial_ptr, seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
+        R, GROUPED, PRECISION,
     )  # fmt: skip
 
 
@@ -124,9 +126,9 @@ def output_gradients_kernel(
     """All that is summed from g, in one pass over it.
 
     With dz = c g: du [splits, M, rank] = scaling dz B, over each split's columns; and over each block of BM
-    tokens from first_token on dlora_b [blocks, N, rank] = scaling dz^T u, dcolumn_scale [blocks, N] = sum g z,
-    dbias [blocks, N] = sum g. Ranks beyond R are other programs' (the third index); sums over g alone are the
-    first's.
+    tokens from first_token on dlora_b [blocks, N, rank] = scaling dz^T u, dcolumn_scale [blocks, N] = sum g z
+    and dbias [blocks, N] = sum g. Ranks beyond R are other programs' (the third index), sums without a rank
+    the first's.
     """
     token_block, split = tl.program_id(0), tl.program_id(1)
     rows = first_token + token_block * BM + tl.arange(0, BM)

@@ -234,7 +234,7 @@ def epilogue_kernel(
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
     z = tl.zeros((BM, BN), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         at = (split * tokens + row[:, None]).to(tl.int64) * width + column[None, :]
         z += tl.load(partial_ptr + at, mask=inside, other=0.0).to(tl.float32)
     rows = tl.where(row < tokens, first_token + row, M)
@@ -254,8 +254,8 @@ def panel_kernel(
 ):  # fmt: skip
     """Dequantise rows and columns from first_row, first_column on into out [height, width], times the scales.
 
-    WHOLE: rows are whole blocks and columns start at one. Otherwise (a block may run on into the next row, and
-    a byte too) each element finds its own nibble and absmax.
+    WHOLE: rows are whole blocks. Otherwise (a block may run on into the next row, and a byte too) each element
+    finds its own nibble and absmax.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.program_id(1) * BK + tl.arange(0, BK)

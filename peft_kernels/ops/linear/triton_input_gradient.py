@@ -41,14 +41,14 @@ class InputGradient:
         kernels.input_gradient_kernel[(cdiv(k, tile.block_k), cdiv(m, tile.block_m), splits)](
             self.grad, *base[:5], f.column_scale, partials, *self._tail(),
             m, n, k, self.grad.stride(0), f.x.stride(0), launch.rank(f), part(n, splits, tile.block_n),
-            BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, R=rank_tile(launch.rank(f)), GROUPED=k % 4 == 0,
-            PRECISION=launch.precision(), **launch.nf4_format(base), **launch.options(tile),
+            BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, R=rank_tile(launch.rank(f)),
+            GROUPED=k % 4 == 0, PRECISION=launch.precision(), **launch.nf4_format(base), **launch.options(tile),
         )  # fmt: skip
         if partials is not None:
             self._epilogue(partials, 0, 0)
 
     def panels(self) -> None:
-        """A panel of inputs at a time, whose products are then whole sums: NF4 is dequantised, dense W is there."""
+        """A panel of inputs at a time, so that each product is a whole sum; NF4 is dequantised into one."""
         f, grad, (n, k) = self.f, self.grad, (self.grad.shape[1], self.f.x.shape[1])
         width = triton_plan.panel_size(k, n * grad.element_size(), launch.PANEL.block_k)
         if f.absmax is None:

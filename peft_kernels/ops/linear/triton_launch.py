@@ -26,8 +26,9 @@ def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:
         return None if tensor is None else tensor.contiguous()
 
     return ForwardArgs(
-        with_plain_rows(a.x) if read_x else a.x, *base, a.out_features, dense(a.lora_a), dense(a.lora_b), a.scaling,
-        dense(a.column_scale), dense(a.input_scale), dense(a.bias), a.dropout_p, a.seed,
+        with_plain_rows(a.x) if read_x else a.x, *base, a.out_features,
+        dense(a.lora_a), dense(a.lora_b), a.scaling, dense(a.column_scale), dense(a.input_scale), dense(a.bias),
+        a.dropout_p, a.seed,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def dequantize(
     row_scale: torch.Tensor | None,
     column_scale: torch.Tensor | None,
 ) -> None:
-    """The part of an NF4 weight of `shape` that begins at row and column `first`, times the scales, into `out`."""
+    """Part of an NF4 weight of `shape`, from row and column `first` on, times the scales, into `out`."""
     (height, width), tile = out.shape, PANEL
     kernels.panel_kernel[(cdiv(height, tile.block_n), cdiv(width, tile.block_k))](
         *base[:5], row_scale, column_scale, out, *shape, *first, height, width,

@@ -1,4 +1,4 @@
-"""Which Triton kernels compute an adapted linear, and in what tiles: pure functions of the problem and the GPU.
+"""Which Triton kernels compute an adapted linear, in what tiles: pure functions of the problem and the GPU.
 
 The tables are predictions: made from compiled code (registers, shared memory, instructions: docs/gpu.md) and
 the arithmetic there, not from timings.
@@ -13,8 +13,8 @@ from peft_kernels.core.gpu import GPU
 
 SCRATCH_BYTES = 32 << 20  # of one call, beyond its results
 PANEL_BYTES = 16 << 20  # of dequantised weight: stays in the L2 of every GPU from the A100 on
-# Tokens up to which the decode kernel runs, without tensor cores. In 16 bits it takes 5.2 instructions a weight
-# for one token, 9.5 for two; the matmul kernel 7.1 for up to 16. In fp32 the alternative is to dequantise W.
+# Tokens up to which the decode kernel runs, without tensor cores. In 16 bits it takes 5.2 instructions a
+# weight for one token, 9.5 for two; the matmul kernel 7.1 for up to 16. In fp32 the alternative is panels.
 DECODE_TOKENS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}
 LARGEST_RANK_TILE = 64
 
@@ -79,8 +79,8 @@ _BACKWARD = (
     _Row(32, Tile(32, 64, 64, stages=3)),
     _Row(128, Tile(64, 64, 64, stages=3)),
 )
-# Most tokens for which decoding in the product's loop is predicted to beat panels: where tensor cores are fast
-# beside the decoder, fewer.
+# Most tokens for which decoding in the product's loop is predicted to beat panels: fewer where tensor cores are
+# fast beside the decoder.
 _MATMUL_TOKENS: dict[int | str, int] = {80: 128, 86: 128, 89: 128, 90: 64, 100: 32, 120: 128}
 _MATMUL_TOKENS_DEFAULT = 64
 

@@ -49,8 +49,8 @@ def _lane_code_ptx() -> str:
 
 
 _LANE_CODE_PTX = tl.constexpr(_lane_code_ptx())
-# Four bytes in $8, so eight codes: $0..$3 of the high nibbles, $4..$7 of the low. A shuffle reads five bits of
-# the lane's number, and lanes 16 to 31 repeat the table: nothing needs to be masked.
+# Four bytes in $8, so eight codes: $0..$3 of the high nibbles, $4..$7 of the low. A shuffle reads five bits
+# of the lane's number, and lanes 16 to 31 repeat the table: nothing needs to be masked.
 _SHUFFLE_PTX = tl.constexpr(
     "{ .reg .u32 index; "
     + " ".join(

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_linear_op import BACKWARD, FORWARD, backward_args, forward_args
 
 import gpuless
+import peft_kernels as pk
 from factories import PARTS, WEIGHTS, make_problem
+from peft_kernels.core import plan
 from peft_kernels.core.gpu import GPU
-from peft_kernels.ops.linear import triton_plan
+from peft_kernels.ops.linear import regimes, triton_plan
 from peft_kernels.ops.linear.triton_plan import Plan, Product, Tile, backward_plan, forward_plan
-from test_linear_op import BACKWARD, FORWARD, backward_args, forward_args
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 A100, H100 = GPU("cuda", 80, 108, 166912), GPU("cuda", 90, 132, 232448)
@@ -178,8 +180,20 @@ def test_plans() -> None:
 @pytest.mark.parametrize("out_features", [1024, 4096, 14336])
 def test_plans_fill_the_gpu_in_bounded_scratch(tokens: int, out_features: int) -> None:
     product = Product(tokens, out_features, 4096, 64, torch.bfloat16)
-    plan = forward_plan(product, A100)
-    assert plan.tile is not None
-    ctas = -(-tokens // plan.tile.block_m) * -(-out_features // plan.tile.block_n) * plan.splits
+    found = forward_plan(product, A100)
+    assert found.tile is not None
+    ctas = -(-tokens // found.tile.block_m) * -(-out_features // found.tile.block_n) * found.splits
     assert ctas > A100.multiprocessors
-    assert plan.splits == 1 or 4 * plan.splits * tokens * out_features <= triton_plan.SCRATCH_BYTES
+    assert found.splits == 1 or 4 * found.splits * tokens * out_features <= triton_plan.SCRATCH_BYTES
+
+
+def test_explain_knows_the_methods() -> None:
+    product = plan.Product(4096, 64, torch.bfloat16, torch.device("cpu"))
+    with gpuless.device(90), pk.use_backend("triton"):
+        plans = {direction: str(plan) for direction, plan in regimes.plans(product).items()}
+    tensor_cores = "decoded tile by tile into tensor cores for M"
+    panels = "dequantised panels and a vendor GEMM for M >= 65"
+    assert plans == {
+        "forward": f"decoded in registers, without tensor cores for M = 1, {tensor_cores} = 2 to 64, {panels}",
+        "input gradient": f"{tensor_cores} = 1 to 64, {panels}",
+    }
