@@ -5,13 +5,14 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from peft_kernels.bench import registry
-from peft_kernels.bench.case import OURS, Case
+from peft_kernels.bench.case import OURS, Case, Prepared, Program
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
@@ -60,16 +61,31 @@ def _is_ours(name: str) -> bool:
     return name.startswith("peft_kernels::") and "." not in name
 
 
-def run(case: Case) -> TorchCalls | None:
-    """Call ours once on a case's tensors, with nothing computed by torch; None if an op it needs is missing.
+def build(case: Case, execute: bool = False) -> tuple[Prepared, Program] | None:
+    """A case's tensors, and ours ready to be called; None if an op it needs has no kernel.
 
-    To be used under `gpuless.device(…, execute=False)`.
+    A gradient is computed where its forward was, so what is built for one has launched that forward.
+
+    Args:
+        case: the problem.
+        execute: give the tensors values; otherwise they are memory that nobody has touched.
     """
-    with TorchCalls(execute=False, compute_up_to=4096):  # tables of codes are looked at
-        (program, *_) = registry.prepare(case).contestants[OURS]()
+    # Tables of codes are looked at, whatever happens.
+    with nullcontext() if execute else TorchCalls(execute=False, compute_up_to=4096):
+        prepared = registry.prepare(case)
+        try:
+            with pk.use_backend("triton"):
+                (program, *_) = prepared.contestants[OURS]()
+        except MissingKernel:
+            return None
+    return prepared, program
+
+
+def call(program: Program, execute: bool = False) -> TorchCalls | None:
+    """Call ours once, and say which torch ops it called; None if an op it needs has no kernel."""
     try:
-        with pk.use_backend("triton"), TorchCalls(execute=False) as calls:
-            program.call()
+        with pk.use_backend("triton"), TorchCalls(execute) as calls:
+            calls.results = program.call()
     except MissingKernel:
         return None
     return calls
@@ -78,7 +94,10 @@ def run(case: Case) -> TorchCalls | None:
 def launches(case: Case, arch: int | str) -> list[Launch]:
     """Launches of ours for a case, compiled for an architecture; their code does not run."""
     with device(arch, execute=False) as gpu:
-        run(case)
+        built = build(case)
+        gpu.launches.clear()
+        if built is None or call(built[1]) is None:
+            return []
     return gpu.launches
 
 
@@ -98,7 +117,10 @@ def configurations(case: Case, arch: int | str) -> list[Configuration]:
         found.append(_configuration(kernel, bound.arguments, options))
 
     with device(arch, execute=False), mock.patch.object(JITFunction, "run", note):
-        run(case)
+        built = build(case)
+        found.clear()
+        if built is None or call(built[1]) is None:
+            return []
     return found
 
 

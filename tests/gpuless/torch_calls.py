@@ -50,8 +50,8 @@ class TorchCall:
         """Multiplications and additions of a matrix product, which dominate everything else; otherwise 0."""
         if "mm" not in self.name:
             return 0
-        (rows, inner), (_, columns) = (operand.shape for operand in self.read[-2:])
-        return 2 * rows * inner * columns
+        (*batch, rows, inner), (*_, columns) = (operand.shape for operand in self.read[-2:])
+        return 2 * torch.Size((*batch, rows, inner, columns)).numel()
 
 
 class TorchCalls(TorchDispatchMode):
@@ -67,6 +67,7 @@ class TorchCalls(TorchDispatchMode):
         super().__init__()
         self.execute, self.compute_up_to = execute, compute_up_to
         self.calls: list[TorchCall] = []
+        self.results: Any = None  # of what was called in this mode, where somebody keeps them
         self.made: list[torch.Tensor] = []  # kept, so that no address is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +89,8 @@ class TorchCalls(TorchDispatchMode):
         written = changed or _tensors(results)
         if not changed:
             self.made += written
-        self.calls.append(TorchCall(name, tuple(_tensors((args, kwargs))), tuple(written)))
+        read = _tensors((args, {key: value for key, value in kwargs.items() if key != "out"}))
+        self.calls.append(TorchCall(name, tuple(read), tuple(written)))
         return results
 
     def _small(self, args: Any) -> bool:
