@@ -145,6 +145,6 @@ def test_cpu_backend_refuses_what_it_cannot_run() -> None:
 @needs_native
 def test_backend_of_names_what_runs() -> None:
     assert backend_of("nf4_quantize", "cpu") == f"cpu (C++ {native_library().capability})"
-    assert backend_of("nf4_quantize", torch.device("cuda")) == "reference"
+    assert backend_of("nf4_quantize", torch.device("cuda")) == "triton"
     with pk.use_backend("reference"):
         assert backend_of("nf4_quantize", "cpu") == "reference"

@@ -55,12 +55,7 @@ class CommitGroups:
                 yield work.payload, done
             # Lanes that are done get a group that no wait reaches again.
             self.work.append(
-                Work(
-                    work.payload,
-                    work.lanes,
-                    np.where(done, np.iinfo(np.int32).max, work.group),
-                    work.instruction,
-                )
+                Work(work.payload, work.lanes, np.where(done, np.iinfo(np.int32).max, work.group), work.instruction)
             )
 
     def unfinished(self) -> list[Work]:

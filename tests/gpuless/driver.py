@@ -1,7 +1,7 @@
 """An emulated GPU as Triton's active driver: `kernel[grid](…)` on CPU tensors, unchanged.
 
 Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
-This driver names an NVIDIA architecture, keeps a kernel's PTX, not a cubin, and runs it in the emulator.
+This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the emulator.
 Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the compiler.
 For AMD GPUs it compiles and records, and runs nothing.
 """

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.operands import (
-    Closure,
-    assign,
-    constant,
-    dtype_of,
-    instruction,
-    predicate,
-    source,
-    target,
-    unsupported,
-)
+from gpuless.operands import Closure, assign, constant, dtype_of, instruction, predicate, source, target, unsupported
 from gpuless.parser import Instruction, type_bits
 from gpuless.rounding import bf16_to_f32
 
@@ -58,9 +48,7 @@ def integer(m: Machine, ins: Instruction) -> Closure:
 def _arithmetic(m: Machine, ins: Instruction) -> Closure:
     kind = ins.types[-1]
     if kind == "pred":
-        ufunc = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[
-            ins.opcode
-        ]
+        ufunc = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[ins.opcode]
         d = target(m, ins, ins.operands[0], kind)
         values = [predicate(m, ins, o) for o in ins.operands[1:]]
         return lambda: ufunc(*(v() for v in values), out=d, where=m.where)
@@ -69,11 +57,7 @@ def _arithmetic(m: Machine, ins: Instruction) -> Closure:
     if ins.has("sat"):
         limits, ufunc = np.iinfo(dtype_of(kind)), _UFUNC[ins.opcode]
         return computed(
-            m,
-            ins,
-            lambda a, b: np.clip(ufunc(a, b, dtype=np.int64), limits.min, limits.max),
-            [kind] * 2,
-            kind,
+            m, ins, lambda a, b: np.clip(ufunc(a, b, dtype=np.int64), limits.min, limits.max), [kind] * 2, kind
         )
     if ins.opcode in ("shl", "shr"):  # numpy shifts by the width or more as PTX does: to 0, or to the sign
         d, a = target(m, ins, ins.operands[0], kind), source(m, ins, ins.operands[1], kind)
@@ -205,10 +189,7 @@ def _bits(m: Machine, ins: Instruction) -> Closure:
 
     def length(a: NDArray) -> NDArray:
         if bits == 64:
-            high, low = (
-                (a >> np.uint64(32)).astype(np.float64),
-                (a & np.uint64(0xFFFFFFFF)).astype(np.float64),
-            )
+            high, low = (a >> np.uint64(32)).astype(np.float64), (a & np.uint64(0xFFFFFFFF)).astype(np.float64)
             return np.where(high > 0, np.frexp(high)[1] + 32, np.frexp(low)[1])
         return np.frexp(a.astype(np.float64))[1]
 
@@ -221,9 +202,7 @@ def _bits(m: Machine, ins: Instruction) -> Closure:
         if kind[0] == "s":
             a = np.where(a.view(f"i{bits // 8}") < 0, ~a, a)
         n = length(a)
-        return (
-            np.where(n == 0, -1, bits - n if ins.has("shiftamt") else n - 1).astype(np.int32).view(np.uint32)
-        )
+        return np.where(n == 0, -1, bits - n if ins.has("shiftamt") else n - 1).astype(np.int32).view(np.uint32)
 
     functions = {
         "popc": (np.bitwise_count, "u32"),
@@ -258,11 +237,7 @@ def _bit_field_extract(m: Machine, ins: Instruction) -> Closure:
         if signed:
             sign = np.where(wide < 0, -1, 0)
             beyond = (size > reach) & (size > 0)
-            field = np.where(
-                beyond,
-                np.where(reach > 0, wide >> np.minimum(start, bits - 1).astype(wide.dtype), sign),
-                field,
-            )
+            field = np.where(beyond, np.where(reach > 0, wide >> np.minimum(start, bits - 1).astype(wide.dtype), sign), field)
         assign(m, d, field)
 
     return run
@@ -358,9 +333,7 @@ def _permute(m: Machine, ins: Instruction) -> Closure:
         result = np.uint32(0)
         for i, choice in enumerate(fixed or choices()):
             if fixed:
-                octet = (a if int(choice) & 7 < 4 else b) >> np.uint32(8 * (int(choice) & 3)) & np.uint32(
-                    0xFF
-                )
+                octet = (a if int(choice) & 7 < 4 else b) >> np.uint32(8 * (int(choice) & 3)) & np.uint32(0xFF)
                 replicate = bool(int(choice) & 8)
             else:
                 octet = np.where(choice & 4 == 0, a, b) >> (np.uint32(8) * (choice & 3)) & np.uint32(0xFF)
@@ -467,9 +440,7 @@ def _set(m: Machine, ins: Instruction) -> Closure:
     compare = comparison(ins, ins.modifiers[0], kind)
     a, b = (source(m, ins, o, kind) for o in ins.operands[1:3])
     d = target(m, ins, ins.operands[0], result)
-    true = {"f32": np.float32(1), "f16": np.float16(1), "bf16": np.uint16(0x3F80)}.get(
-        result, ~d.dtype.type(0)
-    )
+    true = {"f32": np.float32(1), "f16": np.float16(1), "bf16": np.uint16(0x3F80)}.get(result, ~d.dtype.type(0))
     return lambda: assign(m, d, np.where(compare(a, b), true, d.dtype.type(0)))
 
 

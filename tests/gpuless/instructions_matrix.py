@@ -13,17 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import everyone
-from gpuless.operands import (
-    Closure,
-    address_of,
-    assign,
-    dtype_of,
-    instruction,
-    source,
-    target,
-    unsupported,
-    whole_warp,
-)
+from gpuless.operands import Closure, address_of, assign, dtype_of, instruction, source, target, unsupported, whole_warp
 from gpuless.parser import Instruction, split_vector, type_bits
 from gpuless.rounding import bf16_to_f32, fp8_values
 
@@ -33,9 +23,7 @@ if TYPE_CHECKING:
 
 def matrix_shape(ins: Instruction) -> tuple[int, int, int]:
     """(M, N, K) of mma and wgmma."""
-    match = next(
-        re.fullmatch(r"m(\d+)n(\d+)k(\d+)", x) for x in ins.modifiers if re.fullmatch(r"m\d+n\d+k\d+", x)
-    )
+    match = next(re.fullmatch(r"m(\d+)n(\d+)k(\d+)", x) for x in ins.modifiers if re.fullmatch(r"m\d+n\d+k\d+", x))
     return int(match[1]), int(match[2]), int(match[3])
 
 
@@ -129,11 +117,7 @@ class Fragment:
 @instruction("mma")
 def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
     rows, columns, _ = matrix_shape(ins)
-    if (
-        (rows, columns) != (16, 8)
-        or len(ins.types) != 4
-        or ins.has("sp", "block_scale", "xor", "and", "satfinite")
-    ):
+    if (rows, columns) != (16, 8) or len(ins.types) != 4 or ins.has("sp", "block_scale", "xor", "and", "satfinite"):
         raise unsupported(ins)
     to, kind_a, kind_b, accumulator = ins.types
     check = whole_warp(m, ins, "mma")
@@ -143,9 +127,7 @@ def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
     kind = "f16x2" if paired else to
     outputs = [target(m, ins, part, kind) for part in split_vector(ins.operands[0])]
     inputs = [
-        np.broadcast_to(
-            source(m, ins, part, kind if accumulator == to else accumulator), (2 if paired else 1) * m.lanes
-        )
+        np.broadcast_to(source(m, ins, part, kind if accumulator == to else accumulator), (2 if paired else 1) * m.lanes)
         for part in split_vector(ins.operands[3])
     ]
     per = 4 // len(outputs)  # columns in one register

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.operands import (
-    Closure,
-    assign,
-    dtype_of,
-    instruction,
-    members,
-    predicate,
-    source,
-    target,
-    unsupported,
-)
+from gpuless.operands import Closure, assign, dtype_of, instruction, members, predicate, source, target, unsupported
 from gpuless.parser import Instruction, type_bits
 
 if TYPE_CHECKING:
@@ -57,9 +47,7 @@ def _shuffle(m: Machine, ins: Instruction) -> Closure:
         if not m.active.everyone:
             bad = m.active.mask & ~m.active.mask[origin]
             if np.count_nonzero(bad):
-                m.report(
-                    "divergence", ins, np.flatnonzero(bad), "shfl.sync reads a lane that does not take part"
-                )
+                m.report("divergence", ins, np.flatnonzero(bad), "shfl.sync reads a lane that does not take part")
         value = a[origin]
         if valid is not None:
             assign(m, valid, inside)
@@ -181,3 +169,5 @@ def warp_barrier(m: Machine, ins: Instruction) -> Closure:
         m.shared.synchronise_warp(m.active.mask)
 
     return run
+
+

@@ -14,17 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.instructions_matrix import decode, matrix_shape
-from gpuless.operands import (
-    Closure,
-    constant,
-    instruction,
-    is_register,
-    literal,
-    source,
-    target,
-    unsupported,
-    whole_warp,
-)
+from gpuless.operands import Closure, constant, instruction, is_register, literal, source, target, unsupported, whole_warp
 from gpuless.parser import Instruction, Program, split_vector, type_bits
 
 if TYPE_CHECKING:
@@ -61,9 +51,7 @@ class _Flight:
 class _SharedOperand:
     """A matrix in shared memory, given by a descriptor per warpgroup."""
 
-    def __init__(
-        self, m: Machine, ins: Instruction, operand: str, rows: int, k: int, kind: str, transposed: bool
-    ):
+    def __init__(self, m: Machine, ins: Instruction, operand: str, rows: int, k: int, kind: str, transposed: bool):
         self.m, self.ins, self.rows, self.k, self.kind, self.transposed = m, ins, rows, k, kind, transposed
         self.item = 4 if kind == "tf32" else type_bits(kind) // 8
         if transposed and self.item != 2:
@@ -76,10 +64,7 @@ class _SharedOperand:
         descriptors = self.descriptor[first]
         if not (self.descriptor.reshape(-1, GROUP)[groups] == descriptors[:, None]).all():
             m.report("wgmma", self.ins, first, "threads of a warpgroup give different descriptors")
-        table = {
-            int(d): _offsets(int(d), self.rows, self.k, self.item, self.transposed)
-            for d in np.unique(descriptors)
-        }
+        table = {int(d): _offsets(int(d), self.rows, self.k, self.item, self.transposed) for d in np.unique(descriptors)}
         address = np.stack([table[int(d)] for d in descriptors])
         bad = (address < m.shared.base) | (address + 16 > m.shared.base + m.shared.size)
         if bad.any():
@@ -156,9 +141,7 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
     accumulators = [target(m, ins, name, kind) for name in names]
     keep = source(m, ins, ins.operands[3], "pred") if is_register(m, ins.operands[3]) else None
     always = keep is None and literal(ins.operands[3], "pred") != 0
-    flags = [
-        constant(ins, o) for o in ins.operands[4:]
-    ]  # scale of A, scale of B, transpose A (if shared), transpose B
+    flags = [constant(ins, o) for o in ins.operands[4:]]  # scale of A, scale of B, transpose A (if shared), transpose B
     sign = flags[0] * flags[1] if len(flags) >= 2 else 1
     in_registers = ins.operands[1].startswith("{")
     transposes = flags[2:]
@@ -184,9 +167,7 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
         pinned = [b.check(index_b)]
         if in_registers:
             bits = np.stack([r.reshape(-1, GROUP)[groups] for r in registers]).view(f"u{item}")
-            blocks = decode(bits, kind_a).reshape(
-                -1, 2, len(groups), 4, 8, 16 // item
-            )  # k half, row half, group, warp
+            blocks = decode(bits, kind_a).reshape(-1, 2, len(groups), 4, 8, 16 // item)  # k half, row half, group, warp
             matrix_a = blocks.transpose(2, 3, 1, 4, 0, 5).reshape(len(groups), 64, -1)
         else:
             index_a = a.locate(groups)
@@ -198,18 +179,14 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
             # group, warp, row half, row, block of 8 columns, lane % 4, column -> block, half, column, lane
             tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
             if to == "f16":
-                tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(
-                    4, 2, 0, 1, 3, 5, 6
-                )
+                tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 0, 1, 3, 5, 6)
             per = 2 if to == "f16" else 1
             flat = tiles.reshape(len(accumulators), len(groups), GROUP * per)
             for row, values in zip(accumulators, flat, strict=True):
                 before = row.reshape(-1, GROUP * per)
                 kept = np.repeat(keeps.reshape(-1, GROUP)[groups], per, axis=1)
                 total = values + np.where(kept, before[groups], scalar(0))
-                before[groups] = (
-                    total.astype(np.int64).astype(np.int32) if to == "s32" else total.astype(scalar)
-                )
+                before[groups] = total.astype(np.int64).astype(np.int32) if to == "s32" else total.astype(scalar)
 
         lanes = np.flatnonzero(mask)
         m.flights.issue((_Flight(frozenset(names), finish, pinned), mask), lanes, ins)
@@ -217,9 +194,7 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
     return issue
 
 
-def watch_accumulators(
-    m: Machine, ins: Instruction, closure: Closure, accumulators: frozenset[str]
-) -> Closure:
+def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulators: frozenset[str]) -> Closure:
     """The closure, with a report where it touches accumulators of a wgmma that nobody waited for."""
     if ins.opcode in ("wgmma", "ret", "bra", "bar", "exit"):
         return closure
@@ -252,3 +227,5 @@ def accumulators_of(program: Program) -> frozenset[str]:
         if ins.opcode == "wgmma" and ins.has("mma_async")
         for name in split_vector(ins.operands[0])
     )
+
+

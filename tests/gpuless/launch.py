@@ -193,12 +193,7 @@ class _Block:
 
             if value.device.type != "cpu":
                 raise ValueError(f"{name} must be a CPU tensor, got {value.device}")
-            item, shape, strides, address = (
-                value.element_size(),
-                value.shape,
-                value.stride(),
-                value.data_ptr(),
-            )
+            item, shape, strides, address = value.element_size(), value.shape, value.stride(), value.data_ptr()
             whole = value.detach().untyped_storage()
             storage = torch.empty(0, dtype=torch.uint8).set_(whole).numpy()
         if 0 in shape:
@@ -256,9 +251,7 @@ def _result(machine: Machine, memory: GlobalMemory) -> Result:
         result.accesses = sorted(machine.counts.accesses.values(), key=lambda a: a.line)
         for segment in memory.segments:
             for argument in segment.arguments:
-                part = slice(
-                    argument.start // memory.granule, -(-(argument.start + argument.bytes) // memory.granule)
-                )
+                part = slice(argument.start // memory.granule, -(-(argument.start + argument.bytes) // memory.granule))
                 result.bytes_read[argument.name] = int(segment.read_map[part].sum()) * memory.granule
                 result.bytes_written[argument.name] = int(segment.write_map[part].sum()) * memory.granule
     return result

@@ -141,8 +141,7 @@ class Machine:
             **{f"%{name}.{axis}": 0 for name in ("ctaid", "nctaid") for axis in "xyz"},
         }
         rows = {
-            name: np.broadcast_to(np.asarray(value, np.uint32), self.lanes).copy()
-            for name, value in u32.items()
+            name: np.broadcast_to(np.asarray(value, np.uint32), self.lanes).copy() for name, value in u32.items()
         }
         return rows | {name: np.zeros(self.lanes, np.uint64) for name in ("%clock64", "%globaltimer")}
 
@@ -289,18 +288,14 @@ class Machine:
             if mixed.any():
                 lane = np.flatnonzero(released & mixed[self.cta])
                 a, b = (self.program.instructions[int(p)] for p in np.unique(self.waiting_at[lane])[:2])
-                self.report(
-                    "barrier", a, lane, f"threads of one CTA meet at two barriers, this and PTX line {b.line}"
-                )
+                self.report("barrier", a, lane, f"threads of one CTA meet at two barriers, this and PTX line {b.line}")
 
     def _deadlock(self) -> None:
         lanes = np.flatnonzero(self.waiting)
         ins = self.program.instructions[int(self.waiting_at[lanes[0]])]
         others = np.unique(self.waiting_at[lanes])
         lines = ", ".join(str(self.program.instructions[int(p)].line) for p in others)
-        self.report(
-            "barrier deadlock", ins, lanes, f"threads wait for ever; CTA's threads wait at PTX lines {lines}"
-        )
+        self.report("barrier deadlock", ins, lanes, f"threads wait for ever; CTA's threads wait at PTX lines {lines}")
         self.live &= ~self.waiting
         self.waiting[:] = False
 

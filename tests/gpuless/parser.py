@@ -91,9 +91,7 @@ class Program:
 
 def split_vector(operand: str) -> list[str]:
     """``{%r1, %r2}`` -> [%r1, %r2]; any other operand is a vector of one."""
-    return (
-        [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
-    )
+    return [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
 
 
 def split_address(operand: str) -> tuple[str, int]:
@@ -115,9 +113,7 @@ def parse(ptx: str, name: str | None = None) -> Program:
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)([^{;]*)\{", text))
     chosen = [e for e in entries if name is None or e[1] == name] or [e for e in entries if name in e[1]]
     if len(chosen) != 1:
-        raise ParseError(
-            f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full"
-        )
+        raise ParseError(f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full")
     entry = chosen[0]
     end = _closing_brace(text, entry.end())
     parser = _Body(_files(text))
@@ -219,15 +215,11 @@ class _Body:
 
     def read(self, text: str, start: int, end: int) -> None:
         position, source = start, ""
-        token = re.compile(
-            r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)"
-        )
+        token = re.compile(r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)")
         while text[position:end].strip():
             match = token.match(text, position, end)
             if not match:
-                raise ParseError(
-                    f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}"
-                )
+                raise ParseError(f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}")
             if match[1]:
                 source = f"{self.files.get(match[1], '?')}:{match[2]}"
             elif match[3]:
@@ -254,9 +246,7 @@ class _Body:
                     raise ParseError(f"line {line}: {statement}")
                 self.declare(declaration, extern=False)
             elif directive == ".branchtargets":
-                table = next(
-                    name for name, at in reversed(self.labels.items()) if at == len(self.instructions)
-                )
+                table = next(name for name, at in reversed(self.labels.items()) if at == len(self.instructions))
                 self.branch_tables[table] = [t.strip() for t in statement.split(None, 1)[1].split(",")]
             return  # .pragma, .section and others say nothing about meaning
         parsed = _STATEMENT.fullmatch(statement)
@@ -312,11 +302,7 @@ class _Body:
         for name, unique in scope.items():  # branches to a label further down in the scope
             if unique in self.labels:
                 for i, ins in enumerate(self.instructions):
-                    if (
-                        ins.opcode == "bra"
-                        and ins.operands == (name,)
-                        and i >= int(unique.split("@")[1]) - 64
-                    ):
+                    if ins.opcode == "bra" and ins.operands == (name,) and i >= int(unique.split("@")[1]) - 64:
                         object.__setattr__(ins, "operands", (unique,))
 
 

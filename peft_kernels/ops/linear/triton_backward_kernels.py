@@ -14,7 +14,7 @@ def store_input_gradient(
     seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
     R: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; sum_m x t into its block's part."""
+    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; sum_m x t into the partials."""
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     if partial_ptr is not None:
         x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + columns[None, :], mask=inside, other=0.0)
@@ -110,9 +110,9 @@ def input_gradient_epilogue_kernel(
     rows = first_token + row  # past `tokens` they are past M: only the last chunk is ragged
     columns = tl.where(column < width, first_input + column, K)  # past the end: masked
     store_input_gradient(
-        t, rows, first_token // BM + tl.program_id(1), columns, first_input + first, dx_ptr, du_ptr, lora_a_ptr,
-        input_scale_ptr, x_ptr, input_scale_partial_ptr, seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
-        R, GROUPED, PRECISION,
+        t, rows, first_token // BM + tl.program_id(1), columns, first_input + first, dx_ptr, du_ptr,
+        lora_a_ptr, input_scale_ptr, x_ptr, input_scale_partial_ptr, seed_ptr, threshold, keep_scale,
+        M, K, x_stride, rank, R, GROUPED, PRECISION,
     )  # fmt: skip
 
 

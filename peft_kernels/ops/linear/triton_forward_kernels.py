@@ -254,8 +254,8 @@ def panel_kernel(
 ):  # fmt: skip
     """Dequantise rows and columns from first_row, first_column on into out [height, width], times the scales.
 
-    WHOLE: rows are whole blocks. Otherwise (a block may run on into the next row, and a byte too) each element
-    finds its own nibble and absmax.
+    WHOLE: rows are whole blocks. Otherwise (a block may run on into the next row, and a byte too) each
+    element finds its own nibble and absmax.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.program_id(1) * BK + tl.arange(0, BK)

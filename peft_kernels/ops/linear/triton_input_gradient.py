@@ -42,7 +42,8 @@ class InputGradient:
             self.grad, *base[:5], f.column_scale, partials, *self._tail(),
             m, n, k, self.grad.stride(0), f.x.stride(0), launch.rank(f), part(n, splits, tile.block_n),
             BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, R=rank_tile(launch.rank(f)),
-            GROUPED=k % 4 == 0, PRECISION=launch.precision(), **launch.nf4_format(base), **launch.options(tile),
+            GROUPED=k % 4 == 0, PRECISION=launch.precision(), **launch.nf4_format(base),
+            **launch.options(tile),
         )  # fmt: skip
         if partials is not None:
             self._epilogue(partials, 0, 0)

@@ -27,8 +27,8 @@ def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:
 
     return ForwardArgs(
         with_plain_rows(a.x) if read_x else a.x, *base, a.out_features,
-        dense(a.lora_a), dense(a.lora_b), a.scaling, dense(a.column_scale), dense(a.input_scale), dense(a.bias),
-        a.dropout_p, a.seed,
+        dense(a.lora_a), dense(a.lora_b), a.scaling,
+        dense(a.column_scale), dense(a.input_scale), dense(a.bias), a.dropout_p, a.seed,
     )  # fmt: skip
 
 

@@ -79,8 +79,8 @@ _BACKWARD = (
     _Row(32, Tile(32, 64, 64, stages=3)),
     _Row(128, Tile(64, 64, 64, stages=3)),
 )
-# Most tokens for which decoding in the product's loop is predicted to beat panels: fewer where tensor cores are
-# fast beside the decoder.
+# Most tokens for which decoding in the product's loop is predicted to beat panels: fewer where tensor cores
+# are fast beside the decoder.
 _MATMUL_TOKENS: dict[int | str, int] = {80: 128, 86: 128, 89: 128, 90: 64, 100: 32, 120: 128}
 _MATMUL_TOKENS_DEFAULT = 64
 

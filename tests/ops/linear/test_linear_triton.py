@@ -96,8 +96,8 @@ def test_panels_and_chunks_of_tokens(gpu: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         triton_plan, "SCRATCH_BYTES", 4 * 80 * 16 * 4
     )  # and partial sums of few tokens at a time
-    for plan in ("forward_plan", "backward_plan"):
-        monkeypatch.setattr(triton_plan, plan, lambda *_: Plan("panels"))
+    for name in ("forward_plan", "backward_plan"):
+        monkeypatch.setattr(triton_plan, name, lambda *_: Plan("panels"))
     for weight in WEIGHTS:
         check(150, 80, 160, r=16, weight=weight, blocksize=32, dtype=torch.bfloat16, dropout_p=0.3)
 
@@ -190,10 +190,11 @@ def test_plans_fill_the_gpu_in_bounded_scratch(tokens: int, out_features: int) -
 def test_explain_knows_the_methods() -> None:
     product = plan.Product(4096, 64, torch.bfloat16, torch.device("cpu"))
     with gpuless.device(90), pk.use_backend("triton"):
-        plans = {direction: str(plan) for direction, plan in regimes.plans(product).items()}
+        plans = {direction: str(found) for direction, found in regimes.plans(product).items()}
+    registers = "decoded in registers, without tensor cores"
     tensor_cores = "decoded tile by tile into tensor cores for M"
     panels = "dequantised panels and a vendor GEMM for M >= 65"
     assert plans == {
-        "forward": f"decoded in registers, without tensor cores for M = 1, {tensor_cores} = 2 to 64, {panels}",
+        "forward": f"{registers} for M = 1, {tensor_cores} = 2 to 64, {panels}",
         "input gradient": f"{tensor_cores} = 1 to 64, {panels}",
     }
