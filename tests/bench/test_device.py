@@ -23,7 +23,6 @@ from peft_kernels.bench.run import CaseRunner
 from peft_kernels.bench.worker import Workers
 from torch.utils._pytree import tree_leaves
 
-from gpuless.torch_calls import TorchCalls
 from peft_kernels import functional
 
 CASE = Case("linear", "nf4_linear", 3, 128, 64, weight="nf4", dtype="bfloat16", suites=("gpu",))
@@ -324,9 +323,11 @@ def test_production_cases_are_built_on_the_default_device(case):
 @pytest.mark.filterwarnings("default")  # of the libraries compared with
 @pytest.mark.parametrize("case", select("gpu"), ids=lambda case: case.name)
 def test_every_baseline_of_production_cases_can_be_built(case, monkeypatch):
-    monkeypatch.setattr(
-        baselines, "compiled", lambda function: function
-    )  # which the mode below has no part in
+    pytest.importorskip("triton")
+    from gpuless.torch_calls import TorchCalls
+
+    # torch.compile has no part in the mode below
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
     with TorchCalls(execute=False, compute_up_to=4096):
         prepared = prepare(case)
         for name in baselines_of(case):

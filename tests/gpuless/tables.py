@@ -1,10 +1,10 @@
-"""`python -m gpuless.tables`: what every shipped kernel takes of every GPU, as the table of docs/gpu.md.
+"""`python -m gpuless.tables`: what every shipped kernel takes of every GPU, as the tables of docs/gpu.md.
 
     python -m gpuless.tables            # compile everything, print, rewrite docs/gpu.md
     python -m gpuless.tables --check    # the same without writing: docs/gpu.md must say it already
 
 It fails where a rule is broken: no spill, no stack, at least two CTAs on a multiprocessor, or a reason in
-`REASONS`.
+`REASONS`; bytes within 1.1 times the fewest, or a reason in `traffic_tables.MORE_BYTES`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpuless.launches import Configuration, cases, configuration, configurations, launches, missing
 from gpuless.static import TARGETS, Budget, budget
+from gpuless.traffic_tables import bytes_table, executed_traffic, predicted_table, too_many_bytes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 FEWEST_CTAS = 2
@@ -138,11 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpuless.tables", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; compare docs/gpu.md instead")
     options = parser.parse_args(arguments)
-    found = budgets()
-    wrong = faults(found) + [f"{name} has no Triton kernel" for name in missing()]
-    text = DOCUMENT.read_text()
-    new = with_section(text, "budgets", budget_table(found))
-    print(section(new, "budgets"))
+    found, executed = budgets(), executed_traffic()
+    wrong = faults(found) + too_many_bytes(executed) + [f"{name} has no Triton kernel" for name in missing()]
+    text = new = DOCUMENT.read_text()
+    contents = {
+        "budgets": budget_table(found),
+        "bytes": bytes_table(executed),
+        "predicted": predicted_table(),
+    }
+    for name, content in contents.items():
+        new = with_section(new, name, content)
+        print(f"{name}:\n{content}\n")
     if options.check and new != text:
         wrong.append("docs/gpu.md is not what the code is: run `make gpu-report`")
     elif not options.check:

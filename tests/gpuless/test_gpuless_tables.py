@@ -46,7 +46,7 @@ def test_the_document_lists_the_configurations_that_are_shipped():
     assert tables.documented(tables.DOCUMENT.read_text()) == tables.shipped()
 
 
-@pytest.mark.slow
+@pytest.mark.gpuless_full
 def test_the_document_is_what_the_code_is():
     assert tables.main(["--check"]) == 0
 

@@ -123,7 +123,7 @@ def ours(case: Case, execute: bool, arch: int = _ARCH) -> Traffic | None:
         return bytes_of(both) - used, used
 
     passes = gpu.launches[:forward_launches], gpu.launches[forward_launches:]
-    given = [split(tensors) for launches in passes for tensors in _given(launches)]
+    given = [split(tensors) for launches in passes for tensors in _given(launches, scratch)]
     touched = [_touched(launch, scratch) for launch in gpu.launches] if execute else given
     beside = [(call, split((*call.read, *call.written))) for call in calls.calls]
     flops = max(prepared.flops - sum(call.flops for call in calls.calls), 0)
@@ -137,13 +137,13 @@ def ours(case: Case, execute: bool, arch: int = _ARCH) -> Traffic | None:
     )
 
 
-def _given(launches: Sequence[Launch]) -> Iterator[list[torch.Tensor]]:
-    """Tensors that launches are given: what several launches of one kernel are given is shared among them."""
+def _given(launches: Sequence[Launch], scratch: set[int]) -> Iterator[list[torch.Tensor]]:
+    """Tensors that launches are given: what several of one kernel are given, but for scratch, they share."""
     seen: set[tuple[str, int]] = set()
     for launch in launches:
-        new = [each for each in launch.tensors.values() if (launch.name, each.data_ptr()) not in seen]
-        seen |= {(launch.name, each.data_ptr()) for each in new}
-        yield new
+        keys = {(launch.name, each.data_ptr()): each for each in launch.tensors.values()}
+        yield [each for key, each in keys.items() if key not in seen or _storage(each) in scratch]
+        seen |= set(keys)
 
 
 def _tensors_of(results: Any) -> list[torch.Tensor]:
