@@ -140,6 +140,8 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
     default_threads = {"full": sorted({1, processors}), **dict.fromkeys(ROWS, LIMITS_THREADS)}.get(
         options.suite, (1,)
     )
+    if options.device == "cuda":
+        default_threads = (1,)
     try:
         threads = (
             [int(count) for count in options.threads.split(",")] if options.threads else [*default_threads]

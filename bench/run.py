@@ -131,12 +131,10 @@ class CaseRunner:
         names = list(programs) if self.scratch_of_all else [OURS]
         first = {name: programs[name][0] for name in names}
         scratch = device.memory(case, first, threads, prepared.write_bytes)
+        with device.tensors():
+            saved = {name: memory.saved_bytes(copies[0]) for name, copies in programs.items()}
         return results | {
-            name: replace(
-                results[name],
-                scratch_bytes=scratch.get(name),
-                saved_bytes=memory.saved_bytes(programs[name][0]),
-            )
+            name: replace(results[name], scratch_bytes=scratch.get(name), saved_bytes=saved[name])
             for name in programs
         }
 

@@ -276,6 +276,16 @@ def test_a_run_writes_its_table(monkeypatch, tmp_path, capsys, result_of):
     assert report.settings.threads == [1]
 
 
+@pytest.mark.parametrize("suite", ["full", "limits"])
+def test_threads_are_of_the_cpu(monkeypatch, suite):
+    seen = []
+    monkeypatch.setattr(command_line, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(command_line, "run", lambda cases, settings, *_: seen.append(settings) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--device", "cuda", "--suite", suite])
+    assert seen[0].threads == [1]
+
+
 def test_a_wrong_result_has_no_speed_in_the_table(report_of, result_of):
     wrong = result_of(CASE)
     ours = dataclasses.replace(wrong.contestants[0], status="failed", reason="y is off", measurement=None)

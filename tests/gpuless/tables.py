@@ -8,6 +8,7 @@ It fails where a rule is broken: no spill, no stack, at least two CTAs on a mult
 """
 
 import argparse
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpuless.tables", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; compare docs/gpu.md instead")
     options = parser.parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on stderr what it lacks on this CPU
     found, executed = budgets(), executed_traffic()
     wrong = faults(found) + too_many_bytes(executed) + [f"{name} has no Triton kernel" for name in missing()]
     text = new = DOCUMENT.read_text()
