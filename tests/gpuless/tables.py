@@ -2,6 +2,7 @@
 
     python -m gpuless.tables            # compile everything, print, rewrite docs/gpu.md
     python -m gpuless.tables --check    # the same without writing: docs/gpu.md must say it already
+    python -m gpuless.tables --mix      # what hot loops issue, by pipe
 
 It fails where a rule is broken: no spill, no stack, at least two CTAs on a multiprocessor, or a reason in
 `REASONS`; bytes within 1.1 times the fewest, or a reason in `traffic_tables.MORE_BYTES`.
@@ -98,6 +99,19 @@ def _cell(each: Budget) -> str:
     return " · ".join(parts)
 
 
+def mix_table(found: Budgets, targets: Sequence[int | str] = TARGETS) -> str:
+    """Text: what a warp issues in a turn of the hot loop (of the whole kernel, without one), by pipe."""
+    lines = []
+    for which, of_target in found.items():
+        lines.append(str(which))
+        for target in (target for target in targets if target in of_target):
+            loop = of_target[target].loop
+            pipes = ", ".join(f"{pipe} {count}" for pipe, count in loop.pipes.most_common())
+            where = "loop" if loop.in_loop else "kernel"
+            lines.append(f"  {target_name(target)}: {where} of {loop.instructions}: {pipes}")
+    return "\n".join(lines)
+
+
 def shipped(targets: Sequence[int | str] = TARGETS) -> dict[str, set[str]]:
     """Configuration, as the table writes it, to the targets it is launched on: nothing is compiled."""
     found = defaultdict(set)
@@ -139,9 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gpuless.tables", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; compare docs/gpu.md instead")
+    parser.add_argument("--mix", action="store_true", help="print instructions of hot loops by pipe, no more")
     options = parser.parse_args(arguments)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on stderr what it lacks on this CPU
-    found, executed = budgets(), executed_traffic()
+    found = budgets()
+    if options.mix:
+        print(mix_table(found))
+        return 0
+    executed = executed_traffic()
     wrong = faults(found) + too_many_bytes(executed) + [f"{name} has no Triton kernel" for name in missing()]
     text = new = DOCUMENT.read_text()
     contents = {

@@ -93,6 +93,11 @@ def test_the_table_says_what_a_kernel_takes():
     assert "**spill 16 B, stack 0 B**" in tables.budget_table(of(spill_bytes=16), targets=(80,))
 
 
+def test_the_mix_of_a_hot_loop():
+    text = tables.mix_table(of(loop=Mix(Counter(alu=5, tensor=2), Counter(), True)), targets=(80, 90))
+    assert text.splitlines() == [str(PRODUCT), "  sm_80: loop of 7: alu 5, tensor 2"]
+
+
 def test_the_document_is_rewritten_between_its_markers():
     text = "before\n<!-- budgets: x -->\nold\n<!-- end of budgets -->\nafter\n"
     new = tables.with_section(text, "budgets", tables.budget_table(of(), (80, 90)))

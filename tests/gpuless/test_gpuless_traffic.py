@@ -118,7 +118,7 @@ def test_too_many_bytes_need_a_reason():
 def test_the_table_of_bytes():
     rows = traffic_tables.bytes_table(of(111)).splitlines()
     assert rows[2].startswith(f"| `{LINEAR.name}` | 0 KiB | 1.11 ¹ | 0.00 | ")
-    assert rows[-1].startswith("¹ `nf4_lora_linear`: ")
+    assert rows[-1].startswith("¹ `nf4_lora_linear`, `lora_linear`: ")
 
 
 def test_every_op_of_the_suite_is_run_and_predicted():

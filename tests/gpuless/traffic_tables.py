@@ -35,11 +35,11 @@ EXECUTED = tuple(
     )
 )
 
-_GEMM = "a vendor GEMM reads x, or dy, which the low-rank products have read; at production sizes from L2"
+_TWICE = "the base product reads x, or dy, after the low-rank products have: from L2 where it holds them"
 # (op, direction) -> why more bytes are moved. A reason that nothing needs is an error.
 MORE_BYTES: dict[tuple[str, str], str] = {
-    ("nf4_lora_linear", "both"): _GEMM,
-    ("lora_linear", "both"): _GEMM,
+    ("nf4_lora_linear", "both"): _TWICE,
+    ("lora_linear", "both"): _TWICE,
     ("ia3_linear", "both"): "dl and dx both read dy: the sum over it, then the product with the weight",
 }
 
@@ -81,7 +81,10 @@ def bytes_table(rows: Rows) -> str:
                 _times(bitsandbytes(case), found.least),
             )
             lines.append(f"| `{case.name}` | " + " | ".join(cells) + " |")
-    reasons = "; ".join(f"`{op}`: {why}" for (op, _), why in MORE_BYTES.items())
+    ops: dict[str, list[str]] = {}
+    for (op, _), why in MORE_BYTES.items():
+        ops.setdefault(why, []).append(f"`{op}`")
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in ops.items())
     return "\n".join([*lines, "", f"¹ {reasons}."])
 
 
