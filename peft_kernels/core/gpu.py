@@ -24,6 +24,14 @@ class GPU:
     multiprocessors: int
     shared_memory: int
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a tile of a product may have.
+
+        With 64 Triton takes tcgen05 on a B200 and B300, which no emulator of ours has proven.
+        """
+        return 32 if self.arch in (100, 103) else 64
+
 
 def gpu() -> GPU:
     """The current GPU.
