@@ -1,9 +1,9 @@
 """An emulated GPU as Triton's active driver: `kernel[grid](…)` on CPU tensors, unchanged.
 
 Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
-This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the emulator.
-Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the compiler.
-For AMD GPUs it compiles and records, and runs nothing.
+This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the
+emulator. Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the
+compiler. For AMD GPUs it compiles and records, and runs nothing.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ class Launch:
         shared: bytes of dynamic shared memory.
         ptx: the compiled kernel; for AMD GPUs its assembly.
         source: what was compiled, with Triton's specialisation: to compile it again for another target.
-        options: every compiler option.
+        metadata: Triton's facts about it, every compiler option among them.
+        tensors: the arguments that are tensors, by name.
         result: what the emulator counted; None where nothing ran.
     """
 
@@ -71,6 +72,7 @@ class Launch:
     ptx: str = field(repr=False)
     source: ASTSource = field(repr=False)
     metadata: Any = field(repr=False)
+    tensors: dict[str, torch.Tensor] = field(repr=False)
     result: Any = None
 
 
@@ -141,17 +143,18 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
         bound = rest[4:]  # after packed and launch metadata, enter and exit hook
         gpu, metadata = triton.runtime.driver.active.gpu, self._metadata
+        named = zip(self._source.signature, bound, self._is_argument, strict=True)
+        given = {name: value for name, value, is_one in named if is_one}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         record = Launch(
             metadata.name, gpu.arch, (x, y, z), metadata.num_warps, metadata.num_stages, metadata.shared, ptx,
-            self._source, metadata,
+            self._source, metadata, tensors,
         )  # fmt: skip
         gpu.launches.append(record)
         if gpu.execute and x * y * z:
-            named = zip(self._source.signature, bound, self._is_argument, strict=True)
-            given = {name: value for name, value, is_one in named if is_one}
             record.result = launch(
-                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared, strict=gpu.strict,
-                counts=gpu.counts,
+                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared,
+                strict=gpu.strict, counts=gpu.counts,
             )  # fmt: skip
 
 

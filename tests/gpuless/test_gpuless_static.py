@@ -44,7 +44,7 @@ def launched(arch=80, tile=(64, 64, 64), k=256, **options):
     m, n, _ = tile
     x, w, y = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((m, k), (k, n), (m, n)))
     with gpuless.device(arch, execute=False) as gpu:
-        product[(1,)](x, w, y.float(), k, *tile, **options)
+        product[(1,)](x, w, y.float(), k, *tile, enable_fp_fusion=True, **options)
     (launch,) = gpu.launches
     return launch
 
@@ -258,7 +258,7 @@ def test_an_unknown_target_is_refused():
 def test_a_kernel_without_a_loop_is_counted_whole():
     x, y = torch.zeros(3, 100), torch.zeros(3)
     with gpuless.device(80, execute=False) as gpu:
-        sums_of_rows[(3,)](x, y, 100, 128)
+        sums_of_rows[(3,)](x, y, 100, 128, enable_fp_fusion=True)
     loop = budget(gpu.launches[0]).loop
     assert not loop.in_loop
     assert loop.opcodes["STG"] == 1
