@@ -148,3 +148,9 @@ def test_backend_of_names_what_runs() -> None:
     assert backend_of("nf4_quantize", torch.device("cuda")) == "triton"
     with pk.use_backend("reference"):
         assert backend_of("nf4_quantize", "cpu") == "reference"
+
+
+def test_op_without_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "why_no_gpu", lambda: None)
+    with pk.use_backend("triton"), pytest.raises(RuntimeError, match="nf4_linear_int8 has no Triton kernel"):
+        resolve("nf4_linear_int8", torch.empty(1))

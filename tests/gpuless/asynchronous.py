@@ -43,7 +43,9 @@ class CommitGroups:
         self.committed[lanes] += 1
 
     def wait(self, mask: NDArray[np.bool_], leave: int) -> Iterator[tuple[Any, NDArray[np.bool_] | None]]:
-        """Finish what these lanes committed but for the last `leave` groups: (payload, which of its lanes; None all)."""
+        """Finish what these lanes committed but for the last `leave` groups: (payload, which of its lanes;
+        None all).
+        """
         waiting, self.work = self.work, []
         for work in waiting:
             done = mask[work.lanes] & (work.group < self.committed[work.lanes] - leave)
@@ -55,7 +57,12 @@ class CommitGroups:
                 yield work.payload, done
             # Lanes that are done get a group that no wait reaches again.
             self.work.append(
-                Work(work.payload, work.lanes, np.where(done, np.iinfo(np.int32).max, work.group), work.instruction)
+                Work(
+                    work.payload,
+                    work.lanes,
+                    np.where(done, np.iinfo(np.int32).max, work.group),
+                    work.instruction,
+                )
             )
 
     def unfinished(self) -> list[Work]:

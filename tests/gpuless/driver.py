@@ -1,9 +1,9 @@
 """An emulated GPU as Triton's active driver: `kernel[grid](…)` on CPU tensors, unchanged.
 
 Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
-This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the emulator.
-Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the compiler.
-For AMD GPUs it compiles and records, and runs nothing.
+This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the
+emulator. Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the
+compiler. For AMD GPUs it compiles and records, and runs nothing.
 """
 
 import contextlib
@@ -153,8 +153,8 @@ class _Launcher:
         gpu.launches.append(record)
         if gpu.execute and x * y * z:
             record.result = launch(
-                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared, strict=gpu.strict,
-                counts=gpu.counts,
+                ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared,
+                strict=gpu.strict, counts=gpu.counts,
             )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpuless import (
+    instructions_bits,
+    instructions_compare,
     instructions_control,
     instructions_conversion,
     instructions_float,
@@ -24,12 +26,18 @@ if TYPE_CHECKING:
 
 # Their import fills the table of instructions.
 _GROUPS = (
-    instructions_control, instructions_conversion, instructions_matrix, instructions_memory, instructions_warp,
+    instructions_bits,
+    instructions_compare,
+    instructions_control,
+    instructions_conversion,
+    instructions_matrix,
+    instructions_memory,
+    instructions_warp,
     instructions_wgmma,
-)  # fmt: skip
+)
 _SHARED_NAMES = (
-    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr", "addc",
-    "subc",
+    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr",
+    "addc", "subc",
 )  # fmt: skip
 
 
@@ -42,11 +50,10 @@ def bind(m: Machine, ins: Instruction) -> tuple[Closure, bool]:
     elif ins.opcode in BINDERS:
         closure = BINDERS[ins.opcode](m, ins)
     else:
-        remedy = "mbarrier, tcgen05, clusters and TMA are not emulated: compile without TMA and warp specialisation"
+        remedy = "mbarrier, tcgen05, clusters and TMA are not: compile without TMA and warp specialisation"
         raise unsupported(ins, remedy)
-    accumulators = m.accumulators
-    if accumulators:
-        closure = instructions_wgmma.watch_accumulators(m, ins, closure, accumulators)
+    if m.matrix_registers:
+        closure = instructions_wgmma.watch_registers(m, ins, closure, m.matrix_registers)
     control = ins.opcode in CONTROL
     if ins.guard is None:
         return closure, control

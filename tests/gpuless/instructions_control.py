@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpuless.instructions_warp import warp_barrier
-from gpuless.operands import Closure, instruction, is_register, literal, predicate, source, target, unsupported
+from gpuless.operands import (
+    Closure,
+    instruction,
+    is_register,
+    literal,
+    predicate,
+    source,
+    target,
+    unsupported,
+)
 from gpuless.parser import Instruction
 
 if TYPE_CHECKING:
@@ -29,7 +38,9 @@ def _branch_table(m: Machine, ins: Instruction) -> Closure:
         mask = m.active.mask
         chosen = np.where(mask, index, 0)
         if int(chosen.max()) >= len(places):
-            m.report("branch", ins, np.flatnonzero(chosen >= len(places)), "brx.idx past the end of its table")
+            m.report(
+                "branch", ins, np.flatnonzero(chosen >= len(places)), "brx.idx past the end of its table"
+            )
             chosen = np.minimum(chosen, len(places) - 1)
         where = places[chosen]
         for pc in np.unique(where[mask]):
@@ -80,7 +91,9 @@ def _barrier(m: Machine, ins: Instruction) -> Closure:
 
         return warp
     if ins.has("cluster", "arrive") or not ins.has("sync", "red"):
-        raise unsupported(ins, "warp specialisation and clusters are not emulated: use barriers of the whole CTA")
+        raise unsupported(
+            ins, "warp specialisation and clusters are not emulated: use barriers of the whole CTA"
+        )
     if ins.has("red"):
         return _reducing_barrier(m, ins)
     number = literal(ins.operands[0], "u32")

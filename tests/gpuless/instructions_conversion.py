@@ -71,7 +71,9 @@ def _convert_address(m: Machine, ins: Instruction) -> Closure:
     from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
 
     kind = f"u{type_bits(ins.types[-1])}"
-    space = next(x.split("::")[0] for x in ins.modifiers if x.split("::")[0] in ("global", "shared", "local", "const"))
+    space = next(
+        x.split("::")[0] for x in ins.modifiers if x.split("::")[0] in ("global", "shared", "local", "const")
+    )
     window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(space, 0)
     d, a = target(m, ins, ins.operands[0], kind), source(m, ins, ins.operands[1], kind)
     if ins.has("to"):
@@ -83,7 +85,11 @@ def _convert_address(m: Machine, ins: Instruction) -> Closure:
 def _is_space(m: Machine, ins: Instruction) -> Closure:
     from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
 
-    limits = {"local": (LOCAL_WINDOW, 1 << 63), "shared": (SHARED_WINDOW, LOCAL_WINDOW), "global": (0, SHARED_WINDOW)}
+    limits = {
+        "local": (LOCAL_WINDOW, 1 << 63),
+        "shared": (SHARED_WINDOW, LOCAL_WINDOW),
+        "global": (0, SHARED_WINDOW),
+    }
     low, high = limits[ins.modifiers[0].split("::")[0]]
     p, a = target(m, ins, ins.operands[0], "pred"), source(m, ins, ins.operands[1], "u64")
     return lambda: np.copyto(p, (a >= np.uint64(low)) & (a < np.uint64(high)), where=m.where)
@@ -127,6 +133,10 @@ def _conversion(ins: Instruction, to: str, of: str) -> object:
         return float_to_float
     if of in _FLOATS:
         return _to_integer(to, of, integral or np.trunc, ftz)
+    if to == "f64":
+        if mode != "rn" and type_bits(of) == 64:
+            raise unsupported(ins)
+        return lambda a: a.astype(np.float64)
     if to in _FLOATS:
         return lambda a: narrow(finish(_integer_to_odd(a)), to, mode)
     dtype = dtype_of(to)
@@ -198,5 +208,3 @@ def _convert_pair(m: Machine, ins: Instruction, to: str, of: str) -> Closure:
         pairs = a.view(dtype_of(small)).reshape(-1, 2)
         return lambda: assign(m, d, encode(widen(pairs, small)).view(d.dtype).ravel())
     raise unsupported(ins)
-
-

@@ -1,7 +1,7 @@
 """Floating-point arithmetic (PTX ISA 9.7.3 to 9.7.5): f16, bf16, f32, f64 and their packed pairs.
 
-Each result is rounded once. The .approx functions are computed in float64 and rounded; the device's differ by a few units in
-the last place, and never in the same way from one architecture to the next.
+Each result is rounded once. The .approx functions are computed in float64 and rounded; the device's differ by
+a few units in the last place, and never in the same way from one architecture to the next.
 """
 
 from __future__ import annotations

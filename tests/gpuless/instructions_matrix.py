@@ -1,7 +1,8 @@
 """Tensor instructions of a warp: ldmatrix, stmatrix, mma.sync (PTX ISA 9.7.14).
 
-Products are exact and summed in float64 with the accumulator, then rounded once to its type. Tensor cores sum in an order and
-with a precision that NVIDIA does not document (fp32 accumulation truncates); agreement is within a few units of the last place.
+Products are exact and summed in float64 with the accumulator, then rounded once to its type. Tensor cores sum
+in an order and with a precision that NVIDIA does not document (fp32 accumulation truncates); agreement is
+within a few units of the last place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import everyone
-from gpuless.operands import Closure, address_of, assign, dtype_of, instruction, source, target, unsupported, whole_warp
+from gpuless.operands import (
+    Closure,
+    address_of,
+    assign,
+    dtype_of,
+    instruction,
+    source,
+    target,
+    unsupported,
+    whole_warp,
+)
 from gpuless.parser import Instruction, split_vector, type_bits
 from gpuless.rounding import bf16_to_f32, fp8_values
 
@@ -23,7 +34,9 @@ if TYPE_CHECKING:
 
 def matrix_shape(ins: Instruction) -> tuple[int, int, int]:
     """(M, N, K) of mma and wgmma."""
-    match = next(re.fullmatch(r"m(\d+)n(\d+)k(\d+)", x) for x in ins.modifiers if re.fullmatch(r"m\d+n\d+k\d+", x))
+    match = next(
+        re.fullmatch(r"m(\d+)n(\d+)k(\d+)", x) for x in ins.modifiers if re.fullmatch(r"m\d+n\d+k\d+", x)
+    )
     return int(match[1]), int(match[2]), int(match[3])
 
 
@@ -98,8 +111,8 @@ def _store_matrix(m: Machine, ins: Instruction) -> Closure:
 class Fragment:
     """The registers of an operand of mma, as matrices [warps, rows, K].
 
-    Register i of A holds rows 8·(i % 2) … and columns from half·(i // 2); lane l row l // 4, columns per·(l % 4) … B is the
-    same with its n for rows, without the i % 2.
+    Register i of A holds rows 8·(i % 2) … and columns from half·(i // 2); lane l row l // 4, columns per·(l %
+    4) … B is the same with its n for rows, without the i % 2.
     """
 
     def __init__(self, m: Machine, ins: Instruction, operand: str, kind: str, row_halves: int) -> None:
@@ -117,7 +130,7 @@ class Fragment:
 @instruction("mma")
 def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
     rows, columns, _ = matrix_shape(ins)
-    if (rows, columns) != (16, 8) or len(ins.types) != 4 or ins.has("sp", "block_scale", "xor", "and", "satfinite"):
+    if (rows, columns) != (16, 8) or len(ins.types) != 4 or ins.has("sp", "block_scale", "xor", "and"):
         raise unsupported(ins)
     to, kind_a, kind_b, accumulator = ins.types
     check = whole_warp(m, ins, "mma")
@@ -127,7 +140,9 @@ def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
     kind = "f16x2" if paired else to
     outputs = [target(m, ins, part, kind) for part in split_vector(ins.operands[0])]
     inputs = [
-        np.broadcast_to(source(m, ins, part, kind if accumulator == to else accumulator), (2 if paired else 1) * m.lanes)
+        np.broadcast_to(
+            source(m, ins, part, kind if accumulator == to else accumulator), (2 if paired else 1) * m.lanes
+        )
         for part in split_vector(ins.operands[3])
     ]
     per = 4 // len(outputs)  # columns in one register
@@ -142,6 +157,7 @@ def _multiply_accumulate(m: Machine, ins: Instruction) -> Closure:
             results.append(part.ravel() + before)
         for row, value in zip(outputs, results, strict=True):
             if to == "s32":
+                value = np.clip(value, -(2.0**31), 2.0**31 - 1) if ins.has("satfinite") else value
                 value = value.astype(np.int64).astype(np.int32)
             assign(m, row, value)
 

@@ -42,8 +42,8 @@ def _load(m: Machine, ins: Instruction) -> Closure:
     size = access_bytes(ins)
     if item > 8:
         raise unsupported(ins)
-    rows = [wide_target(m, ins, part, kind) for part in parts]
     signed = kind[0] == "s"
+    rows = [wide_target(m, ins, part, kind if signed else f"b{8 * item}") for part in parts]
     address = address_of(m, ins, ins.operands[1])
     load = _loader(m, ins, space, size, item)
 
@@ -72,7 +72,9 @@ def _loader(m: Machine, ins: Instruction, space: str, size: int, item: int) -> L
         results = [spaces[name](a, who) for name, a, who, _ in by_space(m, address, lanes)]
         if len(results) == 1:
             return results[0]
-        return np.concatenate([v for v, _ in results]), np.concatenate([everyone(w, m.lanes) for _, w in results])
+        return np.concatenate([v for v, _ in results]), np.concatenate(
+            [everyone(w, m.lanes) for _, w in results]
+        )
 
     return generic
 
@@ -81,7 +83,11 @@ def by_space(m: Machine, address: NDArray, lanes: object) -> list[tuple[str, NDA
     """Generic addresses as (state space, address in it, lanes, index of these among the given)."""
     from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
 
-    windows = (("global", 0, SHARED_WINDOW), ("shared", SHARED_WINDOW, LOCAL_WINDOW), ("local", LOCAL_WINDOW, 1 << 62))
+    windows = (
+        ("global", 0, SHARED_WINDOW),
+        ("shared", SHARED_WINDOW, LOCAL_WINDOW),
+        ("local", LOCAL_WINDOW, 1 << 62),
+    )
     parts: list[tuple[str, NDArray, object, object]] = []
     for name, low, high in windows:
         inside = (address >= low) & (address < high) if name != "global" else (address < high)
@@ -89,7 +95,9 @@ def by_space(m: Machine, address: NDArray, lanes: object) -> list[tuple[str, NDA
         if count == len(address):
             return [(name, address - low, lanes, slice(None))]
         if count:
-            parts.append((name, address[inside] - low, everyone(lanes, m.lanes)[inside], np.flatnonzero(inside)))
+            parts.append(
+                (name, address[inside] - low, everyone(lanes, m.lanes)[inside], np.flatnonzero(inside))
+            )
     return parts
 
 
@@ -164,7 +172,7 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
     size = access_bytes(ins)
     item = min(size, 8)
     to, of = address_of(m, ins, ins.operands[0]), address_of(m, ins, ins.operands[1])
-    extra = [o for o in ins.operands[3:]]
+    extra = list(ins.operands[3:])
     if ins.has("L2::cache_hint"):
         extra.pop()
     if extra and extra[0] in m.program.registers and m.program.registers[extra[0]][0] == 1:
@@ -295,7 +303,16 @@ def _fence(m: Machine, ins: Instruction) -> Closure:
     return lambda: None
 
 
-@instruction("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "nanosleep", "setmaxnreg", "pmevent")
+@instruction(
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "nanosleep",
+    "setmaxnreg",
+    "pmevent",
+)
 def _hint(m: Machine, ins: Instruction) -> Closure:
     return lambda: None
 
@@ -304,5 +321,3 @@ def _hint(m: Machine, ins: Instruction) -> Closure:
 def _policy(m: Machine, ins: Instruction) -> Closure:
     d = target(m, ins, ins.operands[0], "b64")
     return lambda: np.copyto(d, np.uint64(0), where=m.where)
-
-

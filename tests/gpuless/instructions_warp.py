@@ -1,4 +1,6 @@
-"""What the lanes of a warp do together: shuffles, votes, reductions (PTX ISA 9.7.9.6, 9.7.13.9 and following)."""
+"""What the lanes of a warp do together: shuffles, votes, reductions (PTX ISA 9.7.9.6, 9.7.13.9 and
+following).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.operands import Closure, assign, dtype_of, instruction, members, predicate, source, target, unsupported
+from gpuless.operands import (
+    Closure,
+    assign,
+    dtype_of,
+    instruction,
+    members,
+    predicate,
+    source,
+    target,
+    unsupported,
+)
 from gpuless.parser import Instruction, type_bits
 
 if TYPE_CHECKING:
@@ -47,7 +59,9 @@ def _shuffle(m: Machine, ins: Instruction) -> Closure:
         if not m.active.everyone:
             bad = m.active.mask & ~m.active.mask[origin]
             if np.count_nonzero(bad):
-                m.report("divergence", ins, np.flatnonzero(bad), "shfl.sync reads a lane that does not take part")
+                m.report(
+                    "divergence", ins, np.flatnonzero(bad), "shfl.sync reads a lane that does not take part"
+                )
         value = a[origin]
         if valid is not None:
             assign(m, valid, inside)
@@ -169,5 +183,3 @@ def warp_barrier(m: Machine, ins: Instruction) -> Closure:
         m.shared.synchronise_warp(m.active.mask)
 
     return run
-
-

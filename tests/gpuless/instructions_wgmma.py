@@ -1,7 +1,8 @@
 """Tensor instructions of a warpgroup on Hopper: wgmma (PTX ISA 9.7.15).
 
-A wgmma runs while its threads go on: it reads shared memory and its A registers until somebody waits for its group, and only then
-are its results there. Until then a write to what it reads, or any use of its accumulators, is reported.
+A wgmma runs while its threads go on: it reads shared memory and its A registers until somebody waits for its
+group, and only then are its results there. Until then a write to what it reads, or any use of its
+accumulators, is reported.
 """
 
 from __future__ import annotations
@@ -14,19 +15,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.instructions_matrix import decode, matrix_shape
-from gpuless.operands import Closure, constant, instruction, is_register, literal, source, target, unsupported, whole_warp
+from gpuless.operands import (
+    Closure,
+    constant,
+    instruction,
+    is_register,
+    literal,
+    source,
+    target,
+    unsupported,
+    whole_warp,
+)
 from gpuless.parser import Instruction, Program, split_vector, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine
 
 GROUP = 128  # threads
-# Swizzling by the descriptor's bits 62 and 63: (bytes of a row of the pattern, mask of the row bits that are mixed in).
+# Swizzling by the descriptor's bits 62 and 63: (bytes of a row of the pattern, mask of the row bits that
+# are mixed in).
 _SWIZZLE = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 
 
 def _offsets(descriptor: int, rows: int, k: int, item: int, transposed: bool) -> NDArray[np.int64]:
-    """Shared addresses of the 16-byte chunks of an operand [rows, k]: [rows, chunks along k], or transposed [k, along rows]."""
+    """Shared addresses of the 16-byte chunks of an operand [rows, k]: [rows, chunks along k], or transposed
+    [k, along rows].
+    """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     width, mask = _SWIZZLE[descriptor >> 62 & 3]
     if transposed:  # rows are contiguous in memory
@@ -45,13 +59,17 @@ class _Flight:
 
     registers: frozenset[str]
     finish: Callable[[], None]
-    pinned: list[NDArray]  # granules of shared memory that it reads
+    pinned: list[
+        tuple[NDArray, NDArray]
+    ]  # (granules of shared memory that it reads, first lane of their CTAs)
 
 
 class _SharedOperand:
     """A matrix in shared memory, given by a descriptor per warpgroup."""
 
-    def __init__(self, m: Machine, ins: Instruction, operand: str, rows: int, k: int, kind: str, transposed: bool):
+    def __init__(
+        self, m: Machine, ins: Instruction, operand: str, rows: int, k: int, kind: str, transposed: bool
+    ):
         self.m, self.ins, self.rows, self.k, self.kind, self.transposed = m, ins, rows, k, kind, transposed
         self.item = 4 if kind == "tf32" else type_bits(kind) // 8
         if transposed and self.item != 2:
@@ -64,7 +82,10 @@ class _SharedOperand:
         descriptors = self.descriptor[first]
         if not (self.descriptor.reshape(-1, GROUP)[groups] == descriptors[:, None]).all():
             m.report("wgmma", self.ins, first, "threads of a warpgroup give different descriptors")
-        table = {int(d): _offsets(int(d), self.rows, self.k, self.item, self.transposed) for d in np.unique(descriptors)}
+        table = {
+            int(d): _offsets(int(d), self.rows, self.k, self.item, self.transposed)
+            for d in np.unique(descriptors)
+        }
         address = np.stack([table[int(d)] for d in descriptors])
         bad = (address < m.shared.base) | (address + 16 > m.shared.base + m.shared.size)
         if bad.any():
@@ -77,8 +98,8 @@ class _SharedOperand:
             address = np.where(bad, m.shared.base, address)
         return address + m.shared.start[first].reshape(-1, *[1] * (address.ndim - 1))
 
-    def check(self, index: NDArray) -> NDArray:
-        """Report what was not written, or not synchronised, before; the granules of the operand."""
+    def check(self, index: NDArray) -> tuple[NDArray, NDArray]:
+        """Report what was not written, or not synchronised, before; the granules of the operand, pinned."""
         m, shared = self.m, self.m.shared
         per = 16 // shared.granule
         granule = np.unique((index.reshape(-1, 1) // 16 * per + np.arange(per)).ravel())
@@ -97,7 +118,7 @@ class _SharedOperand:
                 byte = int(granule[bad][0]) * shared.granule % shared.stride
                 m.report(kind, self.ins, lane[bad], f"wgmma reads byte {byte} of shared memory, which {what}")
         shared.pinned[granule] += 1
-        return granule
+        return granule, lane
 
     def values(self, index: NDArray) -> NDArray[np.float64]:
         """[groups, rows, k]."""
@@ -110,7 +131,7 @@ class _SharedOperand:
 def _warpgroup(m: Machine, ins: Instruction) -> Closure:
     flights = m.flights
     if ins.has("fence"):
-        return lambda: None
+        return m.loose_registers.clear
     if ins.has("commit_group"):
         return lambda: flights.commit(m.active.lanes)
     if ins.has("wait_group"):
@@ -121,8 +142,8 @@ def _warpgroup(m: Machine, ins: Instruction) -> Closure:
                 if chosen is not None:
                     raise unsupported(ins, "warpgroups that wait at different times")
                 flight.finish()
-                for granule in flight.pinned:
-                    m.shared.pinned[granule] -= 1
+                for granule, lane in flight.pinned:
+                    m.shared.finish_matrix_read(granule, lane)
 
         return wait
     if not ins.has("mma_async") or ins.has("sp"):
@@ -141,7 +162,9 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
     accumulators = [target(m, ins, name, kind) for name in names]
     keep = source(m, ins, ins.operands[3], "pred") if is_register(m, ins.operands[3]) else None
     always = keep is None and literal(ins.operands[3], "pred") != 0
-    flags = [constant(ins, o) for o in ins.operands[4:]]  # scale of A, scale of B, transpose A (if shared), transpose B
+    flags = [
+        constant(ins, o) for o in ins.operands[4:]
+    ]  # scale of A, scale of B, transpose A (if shared), transpose B
     sign = flags[0] * flags[1] if len(flags) >= 2 else 1
     in_registers = ins.operands[1].startswith("{")
     transposes = flags[2:]
@@ -155,8 +178,15 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
         a = _SharedOperand(m, ins, ins.operands[1], rows, k, kind_a, transposed_a)
     scalar = {"f32": np.float32, "f16": np.float16, "s32": np.int32}[to]
 
+    touched = frozenset(names) | frozenset(split_vector(ins.operands[1]) if in_registers else ())
+
     def issue() -> None:
         check()
+        if m.loose_registers & touched:
+            m.report(
+                "wgmma", ins, np.flatnonzero(m.active.mask),
+                f"no wgmma.fence since {min(m.loose_registers & touched)} was written",
+            )  # fmt: skip
         mask = m.active.mask.copy()
         whole = mask.reshape(-1, GROUP)
         if (whole.any(1) & ~whole.all(1)).any():
@@ -167,7 +197,9 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
         pinned = [b.check(index_b)]
         if in_registers:
             bits = np.stack([r.reshape(-1, GROUP)[groups] for r in registers]).view(f"u{item}")
-            blocks = decode(bits, kind_a).reshape(-1, 2, len(groups), 4, 8, 16 // item)  # k half, row half, group, warp
+            blocks = decode(bits, kind_a).reshape(
+                -1, 2, len(groups), 4, 8, 16 // item
+            )  # k half, row half, group, warp
             matrix_a = blocks.transpose(2, 3, 1, 4, 0, 5).reshape(len(groups), 64, -1)
         else:
             index_a = a.locate(groups)
@@ -179,14 +211,18 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
             # group, warp, row half, row, block of 8 columns, lane % 4, column -> block, half, column, lane
             tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
             if to == "f16":
-                tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 0, 1, 3, 5, 6)
+                tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(
+                    4, 2, 0, 1, 3, 5, 6
+                )
             per = 2 if to == "f16" else 1
             flat = tiles.reshape(len(accumulators), len(groups), GROUP * per)
             for row, values in zip(accumulators, flat, strict=True):
                 before = row.reshape(-1, GROUP * per)
                 kept = np.repeat(keeps.reshape(-1, GROUP)[groups], per, axis=1)
                 total = values + np.where(kept, before[groups], scalar(0))
-                before[groups] = total.astype(np.int64).astype(np.int32) if to == "s32" else total.astype(scalar)
+                before[groups] = (
+                    total.astype(np.int64).astype(np.int32) if to == "s32" else total.astype(scalar)
+                )
 
         lanes = np.flatnonzero(mask)
         m.flights.issue((_Flight(frozenset(names), finish, pinned), mask), lanes, ins)
@@ -194,15 +230,19 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
     return issue
 
 
-def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulators: frozenset[str]) -> Closure:
-    """The closure, with a report where it touches accumulators of a wgmma that nobody waited for."""
+def watch_registers(m: Machine, ins: Instruction, closure: Closure, registers: frozenset[str]) -> Closure:
+    """The closure, with a report where it touches a register of a wgmma that nobody waited for; notes what
+    it writes.
+    """
     if ins.opcode in ("wgmma", "ret", "bra", "bar", "exit"):
         return closure
-    touched = accumulators & {part for o in ins.operands for part in split_vector(o)}
+    touched = registers & {part for o in ins.operands for part in split_vector(o)}
+    written = registers & set(split_vector(ins.operands[0])) if touched else frozenset()
     if not touched:
         return closure
 
     def watched() -> int | None:
+        m.loose_registers |= written
         for work in m.flights.work:
             flight, mask = work.payload
             both = flight.registers & touched
@@ -211,7 +251,7 @@ def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulat
                 if len(lanes):
                     m.report(
                         "wgmma", ins, lanes,
-                        f"uses {min(both)}, an accumulator of the wgmma at PTX line {work.instruction.line}"
+                        f"uses {min(both)}, a register of the wgmma at PTX line {work.instruction.line}"
                         " that nobody waited for",
                     )  # fmt: skip
         return closure()
@@ -219,13 +259,13 @@ def watch_accumulators(m: Machine, ins: Instruction, closure: Closure, accumulat
     return watched
 
 
-def accumulators_of(program: Program) -> frozenset[str]:
-    """Registers that some wgmma writes."""
+def matrix_registers(program: Program) -> frozenset[str]:
+    """Registers that some wgmma reads or writes."""
     return frozenset(
         name
         for ins in program.instructions
         if ins.opcode == "wgmma" and ins.has("mma_async")
-        for name in split_vector(ins.operands[0])
+        for operand in ins.operands[:2]
+        for name in split_vector(operand)
+        if operand.startswith("{")
     )
-
-

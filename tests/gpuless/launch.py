@@ -1,7 +1,7 @@
 """Run a compiled kernel on CPU tensors: `launch`.
 
-A kernel's memory is the host's: pointers are the tensors' own addresses, so that alignment, views and pointers kept in memory
-mean what they do on a device. Nothing outside the tensors that were given exists.
+A kernel's memory is the host's: pointers are the tensors' own addresses, so that alignment, views and
+pointers kept in memory mean what they do on a device. Nothing outside the tensors that were given exists.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.machine import Machine
-from gpuless.memory import ANYWHERE, Argument, GlobalMemory, Segment, reachable, written
+from gpuless.memory_global import Argument, GlobalMemory, Segment
 from gpuless.parser import Program, parse
+from gpuless.provenance import ANYWHERE, reachable, written
 from gpuless.report import Finding, Report
 from gpuless.statistics import Access
 
@@ -35,7 +36,8 @@ class Result:
         findings: faults; empty unless the launch was not strict.
         instructions: executions by a warp, by opcode (counts=True).
         accesses: one entry per memory instruction (counts=True).
-        bytes_read, bytes_written: distinct bytes of each argument that were touched: what must move at least (counts=True).
+        bytes_read, bytes_written: distinct bytes of each argument that were touched: what must move at least
+        (counts=True).
     """
 
     findings: list[Finding]
@@ -63,7 +65,8 @@ def launch(
     Args:
         ptx: its text.
         grid: CTAs in x, y, z; missing ones are 1.
-        arguments: CPU tensors or numpy arrays (passed as pointers), None (a null pointer), integers, floats, or bytes
+        arguments: CPU tensors or numpy arrays (passed as pointers), None (a null pointer), integers, floats,
+        or bytes
             (a struct). Parameters beyond them are zero: Triton adds two pointers for scratch memory.
         block: threads in x, y, z; by default what the kernel requires (.reqntid).
         shared: bytes of dynamic shared memory.
@@ -193,7 +196,12 @@ class _Block:
 
             if value.device.type != "cpu":
                 raise ValueError(f"{name} must be a CPU tensor, got {value.device}")
-            item, shape, strides, address = value.element_size(), value.shape, value.stride(), value.data_ptr()
+            item, shape, strides, address = (
+                value.element_size(),
+                value.shape,
+                value.stride(),
+                value.data_ptr(),
+            )
             whole = value.detach().untyped_storage()
             storage = torch.empty(0, dtype=torch.uint8).set_(whole).numpy()
         if 0 in shape:
@@ -220,12 +228,14 @@ class _Block:
 def _segments(blocks: list[tuple[_Block, bool]]) -> list[Segment]:
     """Blocks of one storage make one segment; it may be written if any of its blocks may."""
     by_storage: dict[int, list[tuple[_Block, bool]]] = {}
-    for block, written in sorted(blocks, key=lambda item: item[0].storage_address):
+    for block, may_be_written in sorted(blocks, key=lambda item: item[0].storage_address):
         previous = by_storage.get(next(reversed(by_storage), -1))
         if previous and block.storage_address < previous[0][0].storage_address + len(previous[0][0].storage):
-            previous.append((block, written))  # numpy views have a storage each: they overlap the one before
+            previous.append(
+                (block, may_be_written)
+            )  # numpy views have a storage each: they overlap the one before
         else:
-            by_storage.setdefault(block.storage_address, []).append((block, written))
+            by_storage.setdefault(block.storage_address, []).append((block, may_be_written))
     segments = []
     for group in by_storage.values():
         start = min(b.address for b, _ in group)
@@ -251,7 +261,9 @@ def _result(machine: Machine, memory: GlobalMemory) -> Result:
         result.accesses = sorted(machine.counts.accesses.values(), key=lambda a: a.line)
         for segment in memory.segments:
             for argument in segment.arguments:
-                part = slice(argument.start // memory.granule, -(-(argument.start + argument.bytes) // memory.granule))
+                part = slice(
+                    argument.start // memory.granule, -(-(argument.start + argument.bytes) // memory.granule)
+                )
                 result.bytes_read[argument.name] = int(segment.read_map[part].sum()) * memory.granule
                 result.bytes_written[argument.name] = int(segment.write_map[part].sum()) * memory.granule
     return result

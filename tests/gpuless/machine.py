@@ -1,8 +1,8 @@
 """All threads of a chunk of CTAs at once: one numpy row per register, one closure per instruction.
 
-Lanes = CTAs x threads (padded to whole warps). Lanes at the same instruction run together; of the groups that have split up the
-one with the lowest program counter runs first, so that branches of structured code meet again where they join. A row of a
-register is written through a mask only where live lanes stand aside.
+Lanes = CTAs x threads (padded to whole warps). Lanes at the same instruction run together; of the groups that
+have split up the one with the lowest program counter runs first, so that branches of structured code meet
+again where they join. A row of a register is written through a mask only where live lanes stand aside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.asynchronous import CommitGroups
-from gpuless.memory import GlobalMemory, LocalMemory, SharedMemory
+from gpuless.memory import LocalMemory
+from gpuless.memory_global import GlobalMemory
+from gpuless.memory_shared import SharedMemory
 from gpuless.parser import Instruction, Program
 from gpuless.report import Finding, Unsupported
 from gpuless.statistics import Counts
@@ -101,9 +103,10 @@ class Machine:
         self.where: NDArray[np.bool_] | bool = True
 
         from gpuless.instructions import bind
-        from gpuless.instructions_wgmma import accumulators_of
+        from gpuless.instructions_wgmma import matrix_registers
 
-        self.accumulators = accumulators_of(program)
+        self.matrix_registers = matrix_registers(program)
+        self.loose_registers: set[str] = set()  # of those, written since the last wgmma.fence
         self.code: list[Callable[[], int | None]] = []
         self.is_control: list[bool] = []
         for ins in program.instructions:
@@ -141,7 +144,8 @@ class Machine:
             **{f"%{name}.{axis}": 0 for name in ("ctaid", "nctaid") for axis in "xyz"},
         }
         rows = {
-            name: np.broadcast_to(np.asarray(value, np.uint32), self.lanes).copy() for name, value in u32.items()
+            name: np.broadcast_to(np.asarray(value, np.uint32), self.lanes).copy()
+            for name, value in u32.items()
         }
         return rows | {name: np.zeros(self.lanes, np.uint64) for name in ("%clock64", "%globaltimer")}
 
@@ -183,6 +187,7 @@ class Machine:
         self.local.reset()
         self.copies.reset()
         self.flights.reset()
+        self.loose_registers.clear()
         self.groups: dict[int, NDArray[np.bool_]] = {0: self.live.copy()}
         branches = 0
         while True:
@@ -288,14 +293,18 @@ class Machine:
             if mixed.any():
                 lane = np.flatnonzero(released & mixed[self.cta])
                 a, b = (self.program.instructions[int(p)] for p in np.unique(self.waiting_at[lane])[:2])
-                self.report("barrier", a, lane, f"threads of one CTA meet at two barriers, this and PTX line {b.line}")
+                self.report(
+                    "barrier", a, lane, f"threads of one CTA meet at two barriers, this and PTX line {b.line}"
+                )
 
     def _deadlock(self) -> None:
         lanes = np.flatnonzero(self.waiting)
         ins = self.program.instructions[int(self.waiting_at[lanes[0]])]
         others = np.unique(self.waiting_at[lanes])
         lines = ", ".join(str(self.program.instructions[int(p)].line) for p in others)
-        self.report("barrier deadlock", ins, lanes, f"threads wait for ever; CTA's threads wait at PTX lines {lines}")
+        self.report(
+            "barrier deadlock", ins, lanes, f"threads wait for ever; CTA's threads wait at PTX lines {lines}"
+        )
         self.live &= ~self.waiting
         self.waiting[:] = False
 

@@ -1,4 +1,4 @@
-"""From operands in the text to numpy rows, once per instruction and machine; and the table of instructions."""
+"""From operands in the text to numpy rows, once per instruction and machine; the table of instructions."""
 
 from __future__ import annotations
 
@@ -60,12 +60,16 @@ def literal(text: str, kind: str) -> int | None:
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         bits = int(text[2:], 16)
         if kind == "f64":
-            return int.from_bytes(struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]), "little")
+            return int.from_bytes(
+                struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]), "little"
+            )
         return bits
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
         bits = int(text[2:], 16)
         if kind == "f32":
-            return int.from_bytes(struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]), "little")
+            return int.from_bytes(
+                struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]), "little"
+            )
         return bits
     if _NUMBER.fullmatch(text):
         value = int(text.rstrip("U"), 0)
@@ -109,7 +113,9 @@ def source(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray | n
         bits, slot = m.program.registers[operand]
         if bits == 1 or kind == "pred":
             if bits != 1 or kind != "pred":
-                raise ParseError(f"line {ins.line}: {operand} has {bits} bits, {kind} is needed in {ins.text}")
+                raise ParseError(
+                    f"line {ins.line}: {operand} has {bits} bits, {kind} is needed in {ins.text}"
+                )
             return m.rows["pred"][slot]
         row = m.rows[f"b{bits}"][slot]
         if want == bits:
@@ -160,7 +166,9 @@ def target(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray:
 
 
 def wide_target(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray:
-    """Like target, for a register that may be wider: the row has the register's width and the type's signedness."""
+    """Like target, for a register that may be wider: the row has the register's width and the type's
+    signedness.
+    """
     if operand == "_" or kind == "pred":
         return target(m, ins, operand, kind)
     bits, slot = m.program.registers[operand]
@@ -217,7 +225,12 @@ def members(m: Machine, ins: Instruction, operand: str, what: str) -> Callable[[
         m.check_converged(ins, m.live & (union & bit != 0), f"{what} without all lanes of its member mask")
         outside = active & (mask & bit == 0)
         if np.count_nonzero(outside):
-            m.report("divergence", ins, np.flatnonzero(outside), f"{what} by a lane that its member mask leaves out")
+            m.report(
+                "divergence",
+                ins,
+                np.flatnonzero(outside),
+                f"{what} by a lane that its member mask leaves out",
+            )
 
     return check
 

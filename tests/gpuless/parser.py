@@ -1,12 +1,14 @@
 """PTX text -> Program: typed instructions, register slots, shared, local and global symbols, parameters.
 
-Grammar: PTX ISA, sections 4 (syntax), 5 (state spaces, types) and 9 (instructions). Only the chosen entry is read; functions
-that it calls are not.
+Grammar: PTX ISA, sections 4 (syntax), 5 (state spaces, types) and 9 (instructions). Only the chosen entry is
+read; functions that it calls are not.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -28,6 +30,12 @@ class ParseError(ValueError):
     """The text is not the PTX that this parser knows; the message quotes the line."""
 
 
+@functools.cache
+def _is_type(modifier: str) -> bool:
+    return _TYPE.fullmatch(modifier) is not None
+
+
+@functools.cache
 def type_bits(name: str) -> int:
     """Width of a value of PTX type `name` in bits."""
     return _PACKED.get(name) or int(re.sub(r"\D", "", name))
@@ -35,7 +43,9 @@ def type_bits(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One statement. ``ld.global.v2.b32 {%r1, %r2}, [%rd1+8]`` has opcode ld, modifiers (global, v2, b32), types (b32,)."""
+    """One statement. ``ld.global.v2.b32 {%r1, %r2}, [%rd1+8]`` has opcode ld, modifiers (global, v2, b32),
+    types (b32,).
+    """
 
     index: int
     line: int
@@ -60,7 +70,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A variable: ``offset`` counts from the start of its space (shared and local) and is 0 for global and const."""
+    """A variable: ``offset`` counts from the start of its space (shared and local) and is 0 for global and
+    const.
+    """
 
     name: str
     space: str
@@ -91,7 +103,9 @@ class Program:
 
 def split_vector(operand: str) -> list[str]:
     """``{%r1, %r2}`` -> [%r1, %r2]; any other operand is a vector of one."""
-    return [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    return (
+        [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
+    )
 
 
 def split_address(operand: str) -> tuple[str, int]:
@@ -113,12 +127,14 @@ def parse(ptx: str, name: str | None = None) -> Program:
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)([^{;]*)\{", text))
     chosen = [e for e in entries if name is None or e[1] == name] or [e for e in entries if name in e[1]]
     if len(chosen) != 1:
-        raise ParseError(f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full")
+        raise ParseError(
+            f"name must choose one entry of {[e[1] for e in entries]}, got {name!r}: give it in full"
+        )
     entry = chosen[0]
     end = _closing_brace(text, entry.end())
     parser = _Body(_files(text))
     parser.declare_all(text[: entries[0].start()] if entries else "", "module")
-    for previous, following in zip(entries, entries[1:], strict=False):  # variables between entries
+    for previous, following in itertools.pairwise(entries):  # variables between entries
         parser.declare_all(text[_closing_brace(text, previous.end()) : following.start()], "module")
     parser.read(text, entry.end(), end - 1)
     threads = _directive(entry[3], "reqntid")
@@ -215,11 +231,17 @@ class _Body:
 
     def read(self, text: str, start: int, end: int) -> None:
         position, source = start, ""
-        token = re.compile(r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)")
-        while text[position:end].strip():
+        newlines = [m.start() for m in re.finditer("\n", text)]
+        blank = re.compile(r"\s*")
+        token = re.compile(
+            r"\s*(?:\.loc\s+(\d+)\s+(\d+)[^\n;]*|(\{)|(\})|([$\w]+):(?!:)|([^;{]*(?:\{[^}]*\}[^;{]*)*);)"
+        )
+        while not blank.fullmatch(text, position, end):
             match = token.match(text, position, end)
             if not match:
-                raise ParseError(f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}")
+                raise ParseError(
+                    f"line {text.count(chr(10), 0, position) + 1}: {text[position : position + 80]!r}"
+                )
             if match[1]:
                 source = f"{self.files.get(match[1], '?')}:{match[2]}"
             elif match[3]:
@@ -232,10 +254,10 @@ class _Body:
                     self.scopes[-1][label] = f"{label}@{len(self.instructions)}"
                 self.labels[self._resolve(label)] = len(self.instructions)
             elif match[6].strip():
-                self._statement(match[6].strip(), text.count("\n", 0, match.end()) + 1, source, match)
+                self._statement(match[6].strip(), bisect.bisect_left(newlines, match.end()) + 1, source)
             position = match.end()
 
-    def _statement(self, statement: str, line: int, source: str, match: re.Match[str]) -> None:
+    def _statement(self, statement: str, line: int, source: str) -> None:
         if statement.startswith("."):
             directive = statement.split()[0]
             if directive == ".reg":
@@ -246,7 +268,9 @@ class _Body:
                     raise ParseError(f"line {line}: {statement}")
                 self.declare(declaration, extern=False)
             elif directive == ".branchtargets":
-                table = next(name for name, at in reversed(self.labels.items()) if at == len(self.instructions))
+                table = next(
+                    name for name, at in reversed(self.labels.items()) if at == len(self.instructions)
+                )
                 self.branch_tables[table] = [t.strip() for t in statement.split(None, 1)[1].split(",")]
             return  # .pragma, .section and others say nothing about meaning
         parsed = _STATEMENT.fullmatch(statement)
@@ -263,7 +287,7 @@ class _Body:
                 source=source,
                 opcode=opcode,
                 modifiers=tuple(modifiers),
-                types=tuple(m for m in modifiers if _TYPE.fullmatch(m)),
+                types=tuple(m for m in modifiers if _is_type(m)),
                 operands=operands,
                 guard=self._resolve(guard) if guard else None,
                 negated=negated == "!",
@@ -282,6 +306,8 @@ class _Body:
 
     def _resolve(self, name: str) -> str:
         """The unique name of a register or label here."""
+        if len(self.scopes) == 1:
+            return name
         family, digits = re.fullmatch(r"(.*?)(\d*)", name).groups()
         for scope in reversed(self.scopes):
             if name in scope:
@@ -302,7 +328,11 @@ class _Body:
         for name, unique in scope.items():  # branches to a label further down in the scope
             if unique in self.labels:
                 for i, ins in enumerate(self.instructions):
-                    if ins.opcode == "bra" and ins.operands == (name,) and i >= int(unique.split("@")[1]) - 64:
+                    if (
+                        ins.opcode == "bra"
+                        and ins.operands == (name,)
+                        and i >= int(unique.split("@")[1]) - 64
+                    ):
                         object.__setattr__(ins, "operands", (unique,))
 
 

@@ -26,8 +26,8 @@ class Finding:
         others = f" (and {self.lanes - 1} more threads)" if self.lanes > 1 else ""
         source = f", {self.instruction.source}" if self.instruction.source else ""
         return (
-            f"{self.kind}: {self.message}; CTA {self.cta}, thread {self.thread} (warp {self.thread // 32}){others};"
-            f" PTX line {self.instruction.line}{source}: {self.instruction.text}"
+            f"{self.kind}: {self.message}; CTA {self.cta}, thread {self.thread}"
+            f" (warp {self.thread // 32}){others}; PTX line {self.instruction.line}{source}: {self.instruction.text}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Bits to numbers and back, each result rounded once: f16, bf16, tf32, fp8, and sums and products exact before rounding.
+"""Bits to numbers and back, each result rounded once: f16, bf16, tf32, fp8, and sums and products exact
+before rounding.
 
-A sum or product that does not fit float64 is rounded there *to odd* (the last bit set where anything was cut off). Rounding that
-once more, to a format at least two bits shorter, gives the correctly rounded result (Boldo and Melquiond 2008, "Emulation of FMA
-and correctly rounded sums", theorem 2).
+A sum or product that does not fit float64 is rounded there *to odd* (the last bit set where anything was cut
+off). Rounding that once more, to a format at least two bits shorter, gives the correctly rounded result
+(Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums", theorem 2).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ _TINY_F32 = np.finfo(np.float32).tiny
 
 
 def to_odd(rounded: F64, error: F64) -> F64:
-    """The float64 that round-to-odd gives for rounded + error, where `rounded` is their sum rounded to nearest."""
+    """The float64 that round-to-odd gives for rounded + error, where `rounded` is their sum rounded to
+    nearest.
+    """
     bits = rounded.view(np.int64)
     away = (error > 0) == (rounded > 0)  # the exact value is larger in magnitude
     move = (error != 0) & (bits & 1 == 0) & np.isfinite(rounded)
-    # At rounded = 0 an error can only be what underflowed; float64 holds every product and sum of narrower formats.
+    # At rounded = 0 an error can only be what underflowed; float64 holds every product and sum of
+    # narrower formats.
     return (bits + np.where(move, np.where(away, 1, -1), 0)).view(np.float64)
 
 
@@ -41,8 +45,8 @@ def add_odd(a: F64, b: F64) -> F64:
 def fma_f32(a: F32, b: F32, c: F32) -> F32:
     """a·b + c rounded once. The product is exact in float64; the sum is rounded there, then to float32.
 
-    Two roundings differ from one only where the first lands on a tie of the second: there, and for results below the normal
-    range, the sum is rounded to odd.
+    Two roundings differ from one only where the first lands on a tie of the second: there, and for results
+    below the normal range, the sum is rounded to odd.
     """
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
@@ -64,7 +68,9 @@ def _split(a: F64) -> tuple[F64, F64]:
 
 
 def fma_f64(a: F64, b: F64, c: F64) -> F64:
-    """a·b + c rounded once (Boldo and Melquiond 2008, figure 4), for products that neither overflow nor underflow."""
+    """a·b + c rounded once (Boldo and Melquiond 2008, figure 4), for products that neither overflow nor
+    underflow.
+    """
     product = a * b
     (ah, al), (bh, bl) = _split(a), _split(b)
     product_error = al * bl - (((product - ah * bh) - al * bh) - ah * bl)
@@ -75,7 +81,9 @@ def fma_f64(a: F64, b: F64, c: F64) -> F64:
 
 
 def f64_to_f32(x: F64, mode: str = "rn") -> F32:
-    """Round to float32; mode rn (nearest even), rz (to zero), rm (down), rp (up) or odd. x may be rounded to odd."""
+    """Round to float32; mode rn (nearest even), rz (to zero), rm (down), rp (up) or odd. x may be rounded to
+    odd.
+    """
     with np.errstate(all="ignore"):
         r = x.astype(np.float32)
     if mode == "rn":
@@ -119,7 +127,9 @@ def f64_to_f16(x: F64, mode: str = "rn") -> NDArray[np.float16]:
 
 
 def f32_to_tf32(x: F32, mode: str = "rna") -> NDArray[np.uint32]:
-    """Round to 10 bits of mantissa; mode rna (ties away), rn (ties to even) or rz. The low 13 bits of the result are zero."""
+    """Round to 10 bits of mantissa; mode rna (ties away), rn (ties to even) or rz. The low 13 bits of the
+    result are zero.
+    """
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     half = {"rna": np.uint32(0x1000), "rn": ((bits >> 13) & 1) + np.uint32(0xFFF), "rz": np.uint32(0)}[mode]
     return np.where(np.isnan(x), np.uint32(0x7FFFE000), (bits + half) & np.uint32(0xFFFFE000))
@@ -127,7 +137,9 @@ def f32_to_tf32(x: F32, mode: str = "rna") -> NDArray[np.uint32]:
 
 @functools.lru_cache
 def fp8_values(kind: str) -> F32:
-    """The 256 values of e4m3 (no infinity, NaN at 0x7f and 0xff) or e5m2, by their bits (OCP 8-bit floating point, 2023)."""
+    """The 256 values of e4m3 (no infinity, NaN at 0x7f and 0xff) or e5m2, by their bits (OCP 8-bit floating
+    point, 2023).
+    """
     exponent_bits, mantissa_bits, bias = (4, 3, 7) if kind == "e4m3" else (5, 2, 15)
     code = np.arange(256)
     exponent = (code >> mantissa_bits) & ((1 << exponent_bits) - 1)

@@ -22,8 +22,8 @@ BANKS = 32  # of 4 bytes: what shared memory delivers in one wavefront
 class Access:
     """What one memory instruction moved, over all warps.
 
-    ``transactions``: sectors of 32 bytes (global) or wavefronts of 128 bytes (shared, bank conflicts included); ``ideal``: the
-    fewest that hold the same distinct bytes.
+    ``transactions``: sectors of 32 bytes (global) or wavefronts of 128 bytes (shared, bank conflicts
+    included); ``ideal``: the fewest that hold the same distinct bytes.
     """
 
     space: str
@@ -87,7 +87,9 @@ class Counts:
     def shared_access(
         self, ins: Instruction, address: NDArray, lanes: object, size: int, total: int, rows: bool = False
     ) -> None:
-        """One execution; 4, 8 and 16-byte accesses go in phases of 32, 16 and 8 lanes, `rows` of 16 bytes by eights."""
+        """One execution; 4, 8 and 16-byte accesses go in phases of 32, 16 and 8 lanes, `rows` of 16 bytes by
+        eights.
+        """
         lane = np.arange(total)[lanes][: len(address)]
         access = self._access("shared", ins)
         access.requests += len(np.unique(lane // 32))

@@ -100,7 +100,7 @@ def decode(packed, table, SHUFFLE: tl.constexpr):
 def load_absmax(
     absmax_ptr, index, mask, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, NESTED: tl.constexpr
 ):
-    """fp32 absmax of the blocks `index`; NESTED is the nested blocksize, 0 where absmax is stored as fp32.
+    """fp32 absmax of the blocks `index`, 0 where masked; NESTED is the nested blocksize, or 0.
 
     A nested absmax is code * absmax2 + offset, rounded twice: compile kernels that call this without fusion.
     """
@@ -108,7 +108,7 @@ def load_absmax(
     if NESTED:
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask, other=0.0)
         scale = tl.load(nested_absmax_ptr + index // NESTED, mask=mask, other=0.0)
-        absmax = code * scale + tl.load(nested_offset_ptr)
+        absmax = tl.where(mask, code * scale + tl.load(nested_offset_ptr), 0.0)
     return absmax
 
 
