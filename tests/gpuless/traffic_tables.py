@@ -40,7 +40,13 @@ _TWICE = "the base product reads x, or dy, after the low-rank products have: fro
 MORE_BYTES: dict[tuple[str, str], str] = {
     ("nf4_lora_linear", "both"): _TWICE,
     ("lora_linear", "both"): _TWICE,
+    ("dora_linear", "both"): f"the norms read the weight before the product does, and {_TWICE}",
     ("ia3_linear", "both"): "dl and dx both read dy: the sum over it, then the product with the weight",
+    ("bottleneck_adapter", "forward"): "hidden is read by the down product, then as the residual: from L2",
+    (
+        "bottleneck_adapter",
+        "both",
+    ): "hidden and dy are read by the products with r units, then again: from L2",
 }
 
 Rows = Mapping[Case, Traffic | None]
@@ -53,17 +59,15 @@ def executed_traffic() -> dict[Case, Traffic | None]:
 
 def too_many_bytes(rows: Rows, reasons: Mapping[tuple[str, str], str] = MORE_BYTES) -> list[str]:
     """What moves more than it should, a sentence each; and reasons that are not needed."""
-    sentences, used = [], set()
-    for case, found in rows.items():
-        if found is None or found.ratio <= MOST:
-            continue
-        if (case.op, case.direction) in reasons:
-            used.add((case.op, case.direction))
-        else:
-            sentences.append(
-                f"{case.name} moves {found.ratio:.2f} times the fewest bytes: no reason is given"
-            )
-    unused = sorted(set(reasons) - used)
+    found = {case: traffic for case, traffic in rows.items() if traffic is not None}
+    more = {case: traffic for case, traffic in found.items() if traffic.ratio > MOST}
+    sentences = [
+        f"{case.name} moves {traffic.ratio:.2f} times the fewest bytes: no reason is given"
+        for case, traffic in more.items()
+        if (case.op, case.direction) not in reasons
+    ]
+    run, needed = ({(case.op, case.direction) for case in some} for some in (found, more))
+    unused = sorted((run & set(reasons)) - needed)
     return sentences + [f"MORE_BYTES[{key}] is not needed: take it out" for key in unused]
 
 
