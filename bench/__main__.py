@@ -15,26 +15,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import registry
 from .case import BASELINES, Case
-from .machine import machine_facts
+from .device import GPU, describe_gpu, why_no_cuda
+from .gate import EXIT_NO_DEVICE
+from .machine import machine_facts, usable_processors
+from .markdown import markdown
 from .measure import Budget
 from .report import case_view, print_header
 from .results import SCHEMA_VERSION, CaseResult, Report, Settings, write_json
-from .roofline import Roofline, measure_roofline
+from .roofline import Roofline, measure_gpu_roofline, measure_roofline
 from .run import CaseRunner
 from .show import add_verdict_options, check_verdict_options, conclude, make_console
 from .suites import LIMITS_THREADS, ROWS
 from .worker import Workers
 
-_DEFAULT_SECONDS = {"smoke": 0.2, "quick": 2.0, "full": 10.0, "sweep": 0.5, "limits": 1.5, "methods": 3.0}
+_DEFAULT_SECONDS = {
+    "smoke": 0.2,
+    "quick": 2.0,
+    "full": 10.0,
+    "sweep": 0.5,
+    "limits": 1.5,
+    "methods": 3.0,
+    "gpu": 1.0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    machine = machine_facts()
+    options.suite = options.suite or ("gpu" if options.device == "cuda" else "quick")
     try:
-        settings = _settings(options, machine.processors)
+        settings = _settings(options, usable_processors())
         cases = _cases(options, settings)
     except ValueError as error:
         parser.error(str(error))
@@ -42,14 +53,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
-    report = run(cases, settings, console, options.json)
+    if settings.device == "cuda" and (reason := why_no_cuda()):
+        print(f"no CUDA GPU to measure on: {reason}", file=sys.stderr)
+        return EXIT_NO_DEVICE
+    gpu = GPU() if settings.device == "cuda" else None
+    report = run(cases, settings, console, options.json, gpu)
+    if path := options.table or (gpu and Path("bench-cuda.md")):
+        path.write_text(markdown(report))
+        console.print(f"written: {path}", markup=False, highlight=False)
     return conclude(report, console, options.plot)
 
 
-def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: Path | None) -> Report:
-    """Run cases at every thread count; the JSON file is brought up to date after each of them."""
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    console: Console,
+    json_path: Path | None,
+    gpu: GPU | None = None,
+) -> Report:
+    """Run cases at every thread count; the JSON file is brought up to date after each of them.
+
+    Args:
+        cases: what to run.
+        settings: as asked for.
+        console: for tables and progress.
+        json_path: where results go.
+        gpu: measure there; None: on the CPU.
+    """
     threads = settings.threads
     dtypes = {case.dtype for case in cases}
+    machine = machine_facts(describe_gpu() if gpu else None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted, total = False, len(cases) * len(threads)
@@ -57,7 +90,7 @@ def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: 
     rooflines: dict[int, Roofline] = {}
 
     def report() -> Report:
-        facts = (SCHEMA_VERSION, created, machine_facts(), settings, list(rooflines.values()))
+        facts = (SCHEMA_VERSION, created, machine, settings, list(rooflines.values()))
         return Report(*facts, cases=list(results), interrupted=interrupted)
 
     # auto_refresh is a thread that would show in the measurements; the runner refreshes between rounds.
@@ -66,7 +99,10 @@ def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: 
         with Workers() as workers, bar as progress:
             task = progress.add_task("measuring the limits of this machine", total=total)
             progress.refresh()
-            rooflines |= {count: measure_roofline(count, dtypes) for count in sorted({*threads})}
+            if gpu:
+                rooflines |= {1: measure_gpu_roofline(dtypes, gpu)}
+            else:
+                rooflines |= {count: measure_roofline(count, dtypes) for count in sorted({*threads})}
             print_header(console, report())
             budget = Budget(max_seconds=settings.max_seconds)
             runner = CaseRunner(
@@ -77,6 +113,7 @@ def run(cases: Sequence[Case], settings: Settings, console: Console, json_path: 
                 rooflines,
                 progress.refresh,
                 scratch_of_all=settings.suite not in ("sweep", *ROWS),  # which ask about ours alone
+                device=gpu,
             )
             for case, count in itertools.product(cases, threads):
                 progress.update(task, description=case.name)
@@ -98,9 +135,13 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {', '.join(unknown)}")
+    if options.device == "cuda" and options.threads:
+        raise ValueError("threads must be left out with --device cuda, got " + options.threads)
     default_threads = {"full": sorted({1, processors}), **dict.fromkeys(ROWS, LIMITS_THREADS)}.get(
         options.suite, (1,)
     )
+    if options.device == "cuda":
+        default_threads = (1,)
     try:
         threads = (
             [int(count) for count in options.threads.split(",")] if options.threads else [*default_threads]
@@ -119,6 +160,7 @@ def _settings(options: argparse.Namespace, processors: int) -> Settings:
         fail_below=options.fail_below,
         fail_sweep=options.fail_sweep,
         seed=options.seed,
+        device=options.device,
     )
 
 
@@ -142,7 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--family", metavar="NAMES", help=f"comma-separated, of {', '.join(registry.FAMILIES)} (default: all)"
     )
-    add("--suite", choices=registry.SUITES, default="quick", help="default: quick, under 90 s on 2 cores")
+    add(
+        "--suite",
+        choices=registry.SUITES,
+        help="default: quick, under 90 s on 2 cores; with --device cuda: gpu, under 10 minutes",
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--filter", metavar="GLOB", default="*", help="only cases whose name matches")
     add(
         "--baseline",
@@ -156,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     seconds = ", ".join(f"{suite} {seconds:g}" for suite, seconds in _DEFAULT_SECONDS.items())
     add("--seconds", type=float, metavar="S", help=f"time for measuring a case (default: {seconds})")
+    add(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="write a table in Markdown there (default: none; with --device cuda: bench-cuda.md)",
+    )
     add("--json", type=Path, metavar="FILE", help="write results there, after every case")
     add("--seed", type=int, default=0, help="of the order of measurements")
     add("--list", action="store_true", help="print the names of the cases and exit")

@@ -30,8 +30,9 @@ def require(module: str) -> ModuleType:
     Raises:
         Unavailable: it is not installed.
     """
-    if module not in sys.modules and importlib.util.find_spec(module) is None:
-        raise Unavailable(f"{module} is not installed")
+    package = module.partition(".")[0]
+    if module not in sys.modules and importlib.util.find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed")
     return importlib.import_module(module)
 
 
@@ -147,6 +148,35 @@ def bitsandbytes_repacked(weight: NF4Weight, x: Tensor) -> Callable[[Tensor], Te
         raise Unavailable("bitsandbytes does not repack here (needs a CPU with AVX512_BF16)")
     forward: Callable[[Tensor], Tensor] = module
     return forward
+
+
+def unsloth_linear(
+    weight: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Callable[[Tensor], Tensor]:
+    """Unsloth's autograd Function for one LoRA layer on a bitsandbytes weight; x [M, K].
+
+    Raises:
+        Unavailable: the library is not installed, or not for this machine.
+    """
+    try:
+        function = require("unsloth.kernels.fast_lora").LoRA_W
+    except (ImportError, NotImplementedError, RuntimeError) as error:  # it looks for a GPU when imported
+        raise Unavailable(f"unsloth cannot be imported: {error}") from error
+    packed, state = weight.to_bitsandbytes()
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = function.apply(x[None], packed, state, lora_a, lora_b, scaling)  # takes batches only
+        return y[0]
+
+    return forward
+
+
+def has_dorafactors() -> bool:
+    """Whether the installed PEFT is that of dorafactors, with fused DoRA kernels in PEFT's own layer."""
+    return (
+        importlib.util.find_spec("peft") is not None
+        and importlib.util.find_spec("peft.tuners.lora.dora_fused") is not None
+    )
 
 
 def dense_module(weight: Tensor) -> nn.Linear:

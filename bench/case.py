@@ -17,6 +17,7 @@ NO_DROPOUT, PLAIN_SCALES, OURS_LORA = "ours-no-dropout", "ours-plain-scales", "o
 OWN_VARIANTS = (NO_DROPOUT, PLAIN_SCALES, OURS_LORA)  # ours on an easier problem: what a part costs
 EXACT = "ours-exact"  # ours without rounding activations to int8
 TUNED_SUFFIX = "-tuned"  # "<baseline>-tuned" is that baseline in a process whose allocator keeps freed pages
+GPU_BASELINES = ("unsloth", "dorafactors")  # that run on GPUs only
 BASELINES = (
     "eager",
     "compile",
@@ -29,6 +30,7 @@ BASELINES = (
     "dense",
     *OWN_VARIANTS,
     EXACT,
+    *GPU_BASELINES,
 )
 GATE_BASELINES = ("eager", "bitsandbytes", "peft")  # what a user has today, at stock settings
 CHECK_SEED = 20240522

@@ -16,7 +16,7 @@ from peft_kernels import NF4Weight, functional
 from peft_kernels.nn import DoRALinear, LoRALinear
 
 from . import baselines
-from .case import OURS, OURS_LORA, Case, Family, Oracle, Prepared, Program, differentiated
+from .case import OURS, OURS_LORA, Case, Family, Oracle, Prepared, Program, Unavailable, differentiated
 from .cases_linear import (
     SCALING,
     Forward,
@@ -70,7 +70,8 @@ def baselines_of(case: Case) -> tuple[str, ...]:
     """PEFT's layer; plain PyTorch with the norm in its expanded form, as fast as it goes; our LoRA layer."""
     if case.op == "dora_norm":
         return ("eager", "compile", "peft")
-    return ("eager", "compile", "peft", "peft-tuned", *(() if case.dropout else (OURS_LORA,)))
+    variants = () if case.dropout else (OURS_LORA,)
+    return ("eager", "compile", "peft", "peft-tuned", "dorafactors", *variants)
 
 
 def prepare(case: Case) -> Prepared:
@@ -193,7 +194,8 @@ def _prepare_linear(case: Case, dora: _DoRA, weight: Tensor) -> Prepared:
             OURS: lambda: _ours(dora) if case.direction == "both" else _modules(dora, DoRALinear),
             "eager": lambda: _eager(dora, lambda function: function),
             "compile": lambda: _eager(dora, baselines.compiled),
-            "peft": lambda: _peft(dora),
+            "peft": lambda: _peft(dora, fused=False),
+            "dorafactors": lambda: _peft(dora, fused=True),
             OURS_LORA: lambda: _lora(dora) if case.direction == "both" else _modules(dora, LoRALinear),
         },
         oracle=oracle,
@@ -318,7 +320,12 @@ def _eager(dora: _DoRA, wrap: Callable[[Any], Any]) -> list[Program]:
     return _programs(dora, forwards)
 
 
-def _peft(dora: _DoRA) -> list[Program]:
+def _peft(dora: _DoRA, fused: bool) -> list[Program]:
+    """PEFT's layer; `fused`: that of dorafactors, which is installed in PEFT's place."""
+    if fused and not baselines.has_dorafactors():
+        raise Unavailable("dorafactors is not installed")
+    if not fused and baselines.has_dorafactors():
+        raise Unavailable("the installed PEFT is that of dorafactors")
     layer, case = dora.layer, dora.layer.case
     programs = []
     for weight in layer.weights:

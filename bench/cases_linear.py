@@ -100,7 +100,12 @@ def baselines_of(case: Case) -> tuple[str, ...]:
         return ("eager", "compile", "peft", "peft-tuned", *variants)
     variants += [PLAIN_SCALES] if case.weight == "nf4_double" else []
     if case.r:
-        return ("eager", "compile", "peft", "peft-tuned", "dense", *variants)
+        # unsloth computes gradients and no dropout, of doubly quantised weights
+        unsloth = case.weight == "nf4_double" and case.direction == "both" and not case.dropout
+        return (
+            *("eager", "compile", "peft", "peft-tuned", "dense", *variants),
+            *(("unsloth",) if unsloth else ()),
+        )
     repacked = ("bitsandbytes-repacked",) if case.direction == "forward" else ()
     return ("eager", "compile", "bitsandbytes", "bitsandbytes-tuned", *repacked, "dense", *variants)
 
@@ -137,6 +142,7 @@ def prepare(case: Case) -> Prepared:
             "bitsandbytes": lambda: _bitsandbytes(layer),
             "bitsandbytes-repacked": lambda: _repacked(layer),
             "peft": lambda: _peft(layer),
+            "unsloth": lambda: _unsloth(layer),
             "dense": lambda: _dense(layer, dense.to(case.torch_dtype)),
             NO_DROPOUT: lambda: _ours(_without_dropout(layer)),
             PLAIN_SCALES: lambda: _ours(_with_plain_scales(layer)),
@@ -150,8 +156,13 @@ def prepare(case: Case) -> Prepared:
 
 
 def weight_roundoffs(case: Case) -> dict[str, float]:
-    """Result -> unit roundoff of bfloat16, where ours rounds the decoded weight to it before the product."""
-    if case.weight == "dense" or not native_library().loaded:
+    """Result -> unit roundoff of the type to which ours rounds the decoded weight before the product."""
+    if case.weight == "dense":
+        return {}
+    if torch.get_default_device().type != "cpu":  # tensor cores take operands of the dtype of x
+        rounded = unit_roundoff(case.torch_dtype)
+        return {} if case.dtype == "float32" else {"y": rounded, "dx": rounded}
+    if not native_library().loaded:
         return {}
     product = Product(case.k, BLOCKSIZE, case.torch_dtype, torch.device("cpu"))
     methods = {"y": method(product, case.m), "dx": method(product, case.m, backward=True)}
@@ -272,6 +283,16 @@ def _peft(layer: Layer) -> list[Program]:
         leaves = {"dx": layer.x, "dlora_a": own_a, "dlora_b": own_b}
         frozen = [*_weight_tensors([weight]), own_a, own_b]
         programs += layer.programs([partial(module, layer.x)], frozen, leaves)
+    return programs
+
+
+def _unsloth(layer: Layer) -> list[Program]:
+    assert layer.lora_a is not None
+    assert layer.lora_b is not None
+    programs = []
+    for weight in layer.weights:
+        forward = baselines.unsloth_linear(weight, layer.lora_a, layer.lora_b, SCALING)
+        programs += layer.programs([partial(forward, layer.x)], _weight_tensors([weight]))
     return programs
 
 

@@ -9,7 +9,12 @@ from typing import Literal
 from .case import GATE_BASELINES, OURS
 from .results import CaseResult, ContestantResult, Gate
 
-EXIT_FAILED, EXIT_UNJUDGED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is argparse's, for bad options
+EXIT_FAILED, EXIT_UNJUDGED, EXIT_NO_DEVICE, EXIT_INTERRUPTED = (
+    1,
+    3,
+    4,
+    130,
+)  # 2 is argparse's, for bad options
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ MAX_COPIES = 64
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, its caches in bytes (level -> size), processors this process may use, and versions."""
+    """Processor, its caches in bytes (level -> size), processors this process may use, and versions.
+
+    `gpu`: what is measured on instead, in words.
+    """
 
     cpu: str
     system: str
@@ -34,12 +37,14 @@ class Machine:
     native_capability: str | None
     native_reason: str | None
     versions: dict[str, str | None]
+    gpu: str | None
 
 
-def machine_facts() -> Machine:
-    """Collect the facts of this machine."""
+def machine_facts(gpu: str | None = None) -> Machine:
+    """Collect the facts of this machine; `gpu` where one is measured."""
     native = native_library()
-    libraries = {name: _version(name) for name in ("torch", "bitsandbytes", "peft")}
+    names = ("torch", "bitsandbytes", "peft", *(("triton", "adapters", "unsloth") if gpu else ()))
+    libraries = {name: _version(name) for name in names}
     return Machine(
         cpu=_cpu_model(),
         system=" ".join((platform.system(), platform.release(), platform.machine(), *platform.libc_ver())),
@@ -49,6 +54,7 @@ def machine_facts() -> Machine:
         native_capability=native.capability,
         native_reason=native.reason,
         versions={"python": platform.python_version(), "peft_kernels": peft_kernels.__version__, **libraries},
+        gpu=gpu,
     )
 
 
@@ -77,9 +83,10 @@ def last_level_cache() -> int:
 def weight_copies(weight_bytes: int) -> int:
     """Copies of a weight to rotate over, so that none is still in the last-level cache when its turn comes.
 
-    Together they are twice the cache. One copy for weights below `ROTATED_BYTES`.
+    Together they are twice the cache. One copy for weights below `ROTATED_BYTES`, and on a GPU, whose timer
+    flushes the cache.
     """
-    if weight_bytes < ROTATED_BYTES:
+    if weight_bytes < ROTATED_BYTES or torch.get_default_device().type != "cpu":
         return 1
     return min(MAX_COPIES, -(-2 * last_level_cache() // weight_bytes))
 

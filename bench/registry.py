@@ -18,7 +18,7 @@ from . import (
     cases_nf4,
     suites,
 )
-from .case import BASELINES, OWN_VARIANTS, Case, Family, Prepared
+from .case import BASELINES, GPU_BASELINES, OWN_VARIANTS, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
         cases_dropout.FAMILY,
     )
 }
-SUITES = ("smoke", "quick", "full", "sweep", *suites.ROWS)
+SUITES = ("smoke", "quick", "full", "sweep", *suites.ROWS, "gpu")
 CASES = (*(case for family in FAMILIES.values() for case in family.cases), *suites.CASES)
 
 
@@ -58,12 +58,14 @@ def default_baselines(suite: str) -> list[str]:
     """What a suite measures against unless told otherwise.
 
     All baselines; torch.compile, which takes seconds a case, and variants of ours only in the full suite. A
-    sweep compares ours with itself at other M; `limits` and `methods` name what ours is to be compared with.
+    sweep compares ours with itself at other M; `limits` and `methods` name what ours is to be compared with,
+    and so does `gpu`, case by case.
     """
-    usual = tuple(name for name in BASELINES if name not in ("compile", *OWN_VARIANTS))
+    everywhere = tuple(name for name in BASELINES if name not in GPU_BASELINES)
+    usual = tuple(name for name in everywhere if name not in ("compile", *OWN_VARIANTS))
     if suite in suites.ROWS:
         return list(suites.figures_against(suite))
-    return list({"full": BASELINES, "sweep": ("dense",)}.get(suite, usual))
+    return list({"full": everywhere, "sweep": ("dense",), "gpu": suites.GPU_AGAINST}.get(suite, usual))
 
 
 def baselines(case: Case) -> tuple[str, ...]:

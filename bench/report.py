@@ -33,6 +33,8 @@ _HEADINGS = (
 def machine_table(machine: Machine, rooflines: list[Roofline]) -> Table:
     """Machine facts and measured limits."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if machine.gpu:
+        table.add_row("GPU", machine.gpu)
     table.add_row("processor", f"{machine.cpu}, {machine.processors} usable")
     table.add_row("caches", ", ".join(f"{level} {size_text(size)}" for level, size in machine.caches.items()))
     table.add_row("system", machine.system)
@@ -52,7 +54,8 @@ def case_view(result: CaseResult) -> Group:
     """All contestants of one case, and which of them have no speed and why."""
     copies = f"{result.copies} weight {'copy' if result.copies == 1 else 'copies'}"
     roof = f"roofline {_milliseconds(result.roofline_ms)} ms ({result.bound})"
-    title = f"[bold]{escape(result.name)}[/bold]   {threads_text(result.threads)}, {copies}, {roof}"
+    how = threads_text(result.threads) if result.clock in ("", "wall clock") else result.clock
+    title = f"[bold]{escape(result.name)}[/bold]   {how}, {copies}, {roof}"
     if result.case.m > CHECKED_TOKENS and result.case.family == "linear":
         title += f", {CHECKED_TOKENS} tokens checked"
     table = Table(box=None, padding=(0, 1))

@@ -17,7 +17,7 @@ from .machine import Machine
 from .roofline import Roofline
 from .stats import Band
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case at one thread count. `failed`: ours is wrong and nothing was timed."""
+    """One case at one thread count. `failed`: ours is wrong and nothing was timed.
+
+    `clock` says how times were taken, in words; empty where none were.
+    """
 
     name: str
     case: Case
@@ -83,6 +86,7 @@ class CaseResult:
     status: Literal["measured", "noisy", "missing", "failed"]
     contestants: list[ContestantResult]
     gate: Gate | None
+    clock: str
     seconds: float
 
 
@@ -99,6 +103,7 @@ class Settings:
     fail_below: float | None
     fail_sweep: bool
     seed: int
+    device: str
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from .case import Prepared
+from .device import Device
 from .machine import last_level_cache
 
 _REPEATS = 5  # a limit is the best of these
 _LARGEST_BUFFER = 1 << 30
-_MATRIX = 1536
+_MATRIX, _GPU_MATRIX = 1536, 8192
 _CHANNELS, _PIXELS = 256, 30
 
 
@@ -33,6 +34,27 @@ class Roofline:
         memory = prepared.read_bytes / (self.read_gb_s * 1e6) + prepared.write_bytes / (self.write_gb_s * 1e6)
         compute = prepared.flops / (max(self.gflop_s["float32"], self.gflop_s[dtype]) * 1e6)
         return max((memory, "memory"), (compute, "compute"))
+
+
+def measure_gpu_roofline(dtypes: Iterable[str], device: Device) -> Roofline:
+    """Measure the limits of a GPU, as those of one thread; under a second."""
+
+    def best(call: Callable[[], Any]) -> float:
+        def finished() -> None:
+            call()
+            device.synchronize()
+
+        return _best(finished)
+
+    def peak(dtype: torch.dtype) -> float:
+        matrix = torch.ones(_GPU_MATRIX, _GPU_MATRIX, dtype=dtype)
+        return 2 * _GPU_MATRIX**3 / best(lambda: matrix @ matrix) / 1e9
+
+    with device.tensors():
+        buffer = torch.ones(_LARGEST_BUFFER // 4)
+        read, write = best(buffer.sum), best(lambda: buffer.fill_(2.0))
+        peaks = {name: peak(getattr(torch, name)) for name in sorted({"float32", *dtypes})}
+        return Roofline(1, buffer.nbytes / read / 1e9, buffer.nbytes / write / 1e9, peaks)
 
 
 def measure_roofline(threads: int, dtypes: Iterable[str]) -> Roofline:

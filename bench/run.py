@@ -7,14 +7,16 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
 from . import memory
 from .case import CHECK_SEED, OURS, TUNED_SUFFIX, Case, Prepared, Program, Unavailable
+from .device import CPU, Device
 from .gate import gate_of
 from .machine import usable_processors
-from .measure import Budget, Contestant, LocalContestant, Rounds, interleave
+from .measure import Budget, Rounds, interleave
 from .oracle import compare
 from .registry import baselines, prepare
 from .results import CaseResult, ContestantResult, Measurement, finite
@@ -37,6 +39,7 @@ class CaseRunner:
         rooflines: limits by thread count.
         tick: called outside of any timing, for a progress bar.
         scratch_of_all: whether to measure the scratch memory of baselines too, which takes seconds a case.
+        device: where to measure; None: the CPU.
     """
 
     baselines: Collection[str]
@@ -46,22 +49,25 @@ class CaseRunner:
     rooflines: dict[int, Roofline]
     tick: Callable[[], None] = field(default=lambda: None)
     scratch_of_all: bool = True
+    device: Device | None = None
     _last: tuple[Case, Prepared] | None = field(default=None, init=False, repr=False)
 
     def run(self, case: Case, threads: int) -> CaseResult:
         """Check, measure and rate one case."""
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), ""
+        device = CPU(self.workers) if self.device is None else self.device
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(usable_processors())  # preparing and checking are not timed
-            prepared = self._prepare(case)
-            roofline_ms, bound = self.rooflines[threads].milliseconds(prepared, case.dtype)
-            names = [name for name in baselines(case) if name in self.baselines]
-            results, programs = self._check(prepared, names, threads)
+            with device.tensors():
+                prepared = self._prepare(case)
+                roofline_ms, bound = self.rooflines[threads].milliseconds(prepared, case.dtype)
+                names = [name for name in baselines(case) if name in self.baselines]
+                results, programs = self._check(device, prepared, names, threads)
             if results[OURS].status != "failed":
                 torch.set_num_threads(threads)
-                results = self._measure_memory(case, prepared, results, programs, threads)
-                rounds, results = self._measure_time(case, results, programs, threads)
+                results = self._measure_memory(device, case, prepared, results, programs, threads)
+                rounds, results, clock = self._measure_time(device, case, results, programs, threads)
                 results = _rate(results, rounds, threads, prepared, roofline_ms)
         finally:
             torch.set_num_threads(before)
@@ -79,6 +85,7 @@ class CaseRunner:
             status=results[OURS].status,
             contestants=list(results.values()),
             gate=gate_of(results.values()),
+            clock=clock,
             seconds=time.perf_counter() - start,
         )
 
@@ -90,7 +97,7 @@ class CaseRunner:
         return self._last[1]
 
     def _check(
-        self, prepared: Prepared, names: Collection[str], threads: int
+        self, device: Device, prepared: Prepared, names: Collection[str], threads: int
     ) -> tuple[Results, dict[str, list[Program]]]:
         """Build every contestant and compare its results with the oracle."""
         results: Results = {}
@@ -104,12 +111,16 @@ class CaseRunner:
                 results[name], programs[name] = _check_contestant(prepared, name, threads)
             except Unavailable as unavailable:
                 results[name] = ContestantResult(name, "missing", str(unavailable))
+            except device.failures as error:
+                status: Literal["failed", "missing"] = "failed" if name == OURS else "missing"
+                results[name] = ContestantResult(name, status, f"{type(error).__name__}: {error}")
             if results[name].status == "failed":
                 break
         return results, programs
 
     def _measure_memory(
         self,
+        device: Device,
         case: Case,
         prepared: Prepared,
         results: Results,
@@ -117,24 +128,22 @@ class CaseRunner:
         threads: int,
     ) -> Results:
         self.tick()
-        worker = self.workers.memory()
         names = list(programs) if self.scratch_of_all else [OURS]
-        scratch = worker.request("scratch", case, names, threads) if worker else {}
+        first = {name: programs[name][0] for name in names}
+        scratch = device.memory(case, first, threads, prepared.write_bytes)
+        with device.tensors():
+            saved = {name: memory.saved_bytes(copies[0]) for name, copies in programs.items()}
         return results | {
-            name: replace(
-                results[name],
-                scratch_bytes=scratch.get(name),
-                saved_bytes=memory.saved_bytes(programs[name][0]),
-            )
+            name: replace(results[name], scratch_bytes=scratch.get(name), saved_bytes=saved[name])
             for name in programs
         }
 
     def _measure_time(
-        self, case: Case, results: Results, programs: dict[str, list[Program]], threads: int
-    ) -> tuple[Rounds, Results]:
-        contestants: dict[str, Contestant] = {
-            name: LocalContestant([program.call for program in copies]) for name, copies in programs.items()
-        }
+        self, device: Device, case: Case, results: Results, programs: dict[str, list[Program]], threads: int
+    ) -> tuple[Rounds, Results, str]:
+        contestants, clock = device.timer(
+            {name: [program.call for program in copies] for name, copies in programs.items()}
+        )
         for name in results:
             if name.endswith(TUNED_SUFFIX):
                 try:
@@ -142,7 +151,7 @@ class CaseRunner:
                     contestants[name] = RemoteContestant(self.workers.tuned(), case, stock, threads)
                 except Unavailable as unavailable:
                     results = results | {name: ContestantResult(name, "missing", str(unavailable))}
-        return interleave(contestants, OURS, threads, self.budget, self.seed, self.tick), results
+        return interleave(contestants, OURS, threads, self.budget, self.seed, self.tick), results, clock
 
 
 def _check_contestant(prepared: Prepared, name: str, threads: int) -> tuple[ContestantResult, list[Program]]:

@@ -132,7 +132,7 @@ def _plot(report: Report, console: Console, path: Path) -> None:
     if not found:
         console.print("[yellow]nothing to draw: no problem has a time at two M[/yellow]")
         return
-    save_plot(found, f"{report.machine.cpu}, {report.created[:10]}", path)
+    save_plot(found, f"{report.machine.gpu or report.machine.cpu}, {report.created[:10]}", path)
     console.print(f"drawn: {path}", markup=False, highlight=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .case import BASELINES, NO_DROPOUT, PLAIN_SCALES, Case, Direction
+from .case import BASELINES, GPU_BASELINES, NO_DROPOUT, PLAIN_SCALES, Case, Direction
 from .cases_adapter import adapter
 from .cases_dora import DORA, NORM
 from .cases_ia3 import FEEDFORWARD, IA3, SCALE_ONLY
@@ -124,4 +124,39 @@ def figures_against(suite: str) -> tuple[str, ...]:
     return tuple(name for name in BASELINES if any(name in row.figures for row in ROWS[suite]))
 
 
-CASES = (*SWEEP, *(case for rows in ROWS.values() for row in rows for case in row.cases))
+# Llama 3 8B: K = 4096; attention output, and the gate and up projections.
+GPU_TOKENS = (1, 4, 16, 64, 512, 2048)
+_GPU_SHAPES: Shapes = ((4096, 4096), (4096, 14336))
+GPU_AGAINST = ("eager", "compile", "bitsandbytes", "peft", "adapters", "dense", *GPU_BASELINES)
+
+
+def _gpu(problem: Case, compiled: bool = False) -> Case:
+    """In bf16; torch.compile, which takes seconds a case, where it is asked for."""
+    against = tuple(name for name in GPU_AGAINST if compiled or name != "compile")
+    return replace(problem, dtype="bfloat16", suites=("gpu",), against=against)
+
+
+GPU = (
+    *(_gpu(Case("nf4", op, 0, 4096, 14336, weight="nf4"), True) for op in ("nf4_quantize", "nf4_dequantize")),
+    _gpu(Case("nf4", "nf4_dequantize", 0, 4096, 14336, weight="nf4_double")),
+    *(_gpu(NF4(m, k, n), m in (1, 512)) for k, n in _GPU_SHAPES for m in GPU_TOKENS),
+    *(_gpu(NF4(m, 4096, 4096, direction="backward")) for m in GPU_TOKENS),
+    *(_gpu(QLORA(m, k, n, r=16), m == 512) for k, n in _GPU_SHAPES for m in GPU_TOKENS[3:]),
+    _gpu(QLORA(1, 4096, 4096, r=16, direction="forward")),
+    _gpu(QLORA(2048, 4096, 4096, r=16, dropout=0.05)),
+    _gpu(Case("linear", "lora_linear", 2048, 4096, 4096, r=16, weight="dense", direction="both"), True),
+    *(_gpu(NORM(4096, 4096, weight=weight), True) for weight in ("dense", "nf4_double")),
+    *(_gpu(DORA(m, 4096, 4096, r=16), m == 512) for m in (512, 2048)),
+    *(_gpu(DORA(m, 4096, 4096, r=16, direction="forward")) for m in (1, 64)),
+    *(_gpu(IA3(op, m, 4096, 4096), m == 512) for op in ("ia3_linear", FEEDFORWARD) for m in (512, 2048)),
+    _gpu(IA3(SCALE_ONLY, 4096, 64, 4096, weight="dense", direction="backward"), True),
+    *(_gpu(adapter(m, 4096, 64, "forward"), m == 512) for m in (1, 512)),
+    *(_gpu(adapter(m, 4096, 64), m == 512) for m in (512, 2048)),
+    _gpu(Case("dropout", "philox_dropout", 2048, 4096, 0, direction="both", dropout=0.05), True),
+)
+
+CASES = (
+    *SWEEP,
+    *(case for rows in ROWS.values() for row in rows for case in row.cases),
+    *GPU,
+)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+EMULATED = (80, 90, 120)  # architectures that GPU kernels are tested on
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors (pyproject.toml), but for those that torch causes itself and for one of ours.
@@ -17,6 +19,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Dynamo, on its way through any autograd.Function.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.:DeprecationWarning")  # importing inductor
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the three emulated GPUs, `make test` runs each case on one, in turn; `make test-gpuless` on all."""
+    cases: dict[str, int] = {}
+    for item in items:
+        arch = getattr(item, "callspec", None) and item.callspec.params.get("gpu")  # type: ignore[attr-defined]
+        if arch:
+            case = cases.setdefault(item.nodeid.replace(f"sm_{arch}", ""), len(cases))
+            if EMULATED[case % len(EMULATED)] != arch:
+                item.add_marker("gpuless_full")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +78,7 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
             yield "reference"
 
 
-@pytest.fixture(params=[80, 90, 120], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(params=EMULATED, ids=lambda arch: f"sm_{arch}")
 def gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
     """Run the test on an emulated GPU with Triton's kernels, over poisoned memory; any finding raises."""
     import gpuless

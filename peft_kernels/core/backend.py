@@ -43,6 +43,8 @@ def define_op(op_name: str, signature: str, triton: str | None = None) -> None:
         @_without_autocast
         def launcher(tensor: torch.Tensor, *args: Any) -> Any:
             with on_device_of(tensor):
+                if why_no_gpu():  # an old one: `python -m peft_kernels` says so
+                    return getattr(torch.ops.peft_kernels, op_name).reference(tensor, *args)
                 return getattr(importlib.import_module(triton), op_name)(tensor, *args)
 
         torch.library.impl(f"peft_kernels::{op_name}.triton", "default", launcher)
@@ -111,7 +113,8 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The overload of `op_name` to call for inputs like `tensor`: the dispatcher's choice, or the reference.
 
     Raises:
-        RuntimeError: `use_backend("cpu")` is in force and `tensor` is not on the CPU or is float64.
+        RuntimeError: `use_backend("cpu")` is in force and `tensor` is not on the CPU or is float64; or
+            `use_backend("triton")`, and the op has no Triton kernel.
     """
     # Dynamo cannot trace ContextVar.get, and need not: inside use_backend nothing is compiled.
     forced = None if torch.compiler.is_compiling() else _forced_backend.get()
@@ -124,6 +127,11 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     if forced == "reference" or tensor.dtype == torch.float64:
         overload = op.reference
     elif forced == "triton":
+        if not _has_kernel(f"{op_name}.triton", "CompositeExplicitAutograd"):
+            raise RuntimeError(
+                f"backend 'triton' is forced, but {op_name} has no Triton kernel: "
+                "leave use_backend('triton') for this call"
+            )
         overload = op.triton
     else:
         overload = op.default
@@ -134,14 +142,18 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
     """What runs op `op_name` on `device` right now, in words: "cpu (C++ avx512)", "triton" or "reference"."""
     native, forced, device_type = native_library(), _forced_backend.get(), torch.device(device).type
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    has_kernel = key and torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{op_name}", key)
+    has_kernel = key is not None and _has_kernel(op_name, key)
     if forced in ("reference", "triton"):
         return forced
-    if device_type == "cuda" and has_kernel:
+    if device_type == "cuda" and has_kernel and not why_no_gpu():
         return "triton"
     if device_type == "cpu" and has_kernel and native.loaded:
         return f"cpu (C++ {native.capability or 'unusable'})"
     return "reference"
+
+
+def _has_kernel(overload: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{overload}", key)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

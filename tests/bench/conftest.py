@@ -45,9 +45,10 @@ def report():
         "measured",
         contestants,
         Gate("eager", 2.0, 1.8),
+        "wall clock",
         1.5,
     )
-    settings = Settings("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [1], 0.2, 0.95, False, 0)
+    settings = Settings("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [1], 0.2, 0.95, False, 0, "cpu")
     roofline = Roofline(1, 11.0, 7.0, {"float32": 150.0})
     created = "2026-01-01T00:00:00+00:00"
     return Report(SCHEMA_VERSION, created, machine_facts(), settings, [roofline], [result], False)

@@ -126,7 +126,7 @@ def test_only_parts_of_one_run_go_together(report, change, message):
 
 def test_what_cannot_be_read_is_explained(tmp_path, capsys):
     (tmp_path / "old.json").write_text('{"schema_version": 1}')
-    for name, message in (("old.json", "schema_version must be 2, got 1"), ("none.json", "No such file")):
+    for name, message in (("old.json", "schema_version must be 3, got 1"), ("none.json", "No such file")):
         with pytest.raises(SystemExit) as status:
             main([str(tmp_path / name)])
         assert status.value.code == 2

@@ -3,7 +3,7 @@
 Triton asks its driver three things: what the device is, how to load a compiled kernel, and how to launch it.
 This driver names an NVIDIA architecture, keeps a kernel's PTX instead of a cubin, and runs it in the
 emulator. Everything above it is Triton's own: specialisation on divisibility, autotuning, heuristics, the
-compiler.
+compiler. For AMD GPUs it compiles and records, and runs nothing.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends import Backend, backends
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget, Language
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
@@ -31,14 +32,18 @@ class Model:
     shared_memory: int  # bytes that one CTA may have
 
 
-MODELS = {
+MODELS: dict[int | str, Model] = {
     80: Model("A100", 108, 166912),
     86: Model("A40", 84, 101376),
     89: Model("L40S", 142, 101376),
     90: Model("H100", 132, 232448),
     100: Model("B200", 148, 232448),  # compiled only: its tensor instructions are not emulated
     120: Model("RTX 5090", 170, 101376),
-}  # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
+    # compiled only
+    "gfx90a": Model("MI210", 104, 65536),
+    "gfx942": Model("MI300X", 304, 65536),
+    "gfx1100": Model("RX 7900 XTX", 48, 65536),
+}  # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD's data sheets
 
 
 @dataclass
@@ -47,18 +52,19 @@ class Launch:
 
     Attributes:
         name: of the kernel.
-        arch: it was compiled for, 90 for sm_90.
+        arch: it was compiled for, 90 for sm_90, or "gfx942".
         grid: CTAs in x, y, z.
         num_warps, num_stages: its options.
         shared: bytes of dynamic shared memory.
-        ptx: the compiled kernel.
+        ptx: the compiled kernel; for AMD GPUs its assembly.
         source: what was compiled, with Triton's specialisation: to compile it again for another target.
-        options: every compiler option.
+        metadata: Triton's facts about it, every compiler option among them.
+        tensors: the arguments that are tensors, by name.
         result: what the emulator counted; None where nothing ran.
     """
 
     name: str
-    arch: int
+    arch: int | str
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
@@ -66,6 +72,7 @@ class Launch:
     ptx: str = field(repr=False)
     source: ASTSource = field(repr=False)
     metadata: Any = field(repr=False)
+    tensors: dict[str, torch.Tensor] = field(repr=False)
     result: Any = None
 
 
@@ -73,7 +80,7 @@ class Launch:
 class EmulatedGPU:
     """What `device()` yields: the device, and all that was launched on it."""
 
-    arch: int
+    arch: int | str
     execute: bool
     strict: bool
     counts: bool
@@ -95,15 +102,30 @@ class _PtxCompiler(CUDABackend):
         return f"gpuless-{super().hash()}"
 
 
+class _AmdCompiler(HIPBackend):
+    """Triton's compiler for AMD GPUs, stopped before the assembler."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        self.binary_ext = "amdgcn"
+
+    def add_stages(self, stages: dict[str, Any], options: Any, language: Language) -> None:
+        super().add_stages(stages, options, language)
+        del stages["hsaco"]
+
+    def hash(self) -> str:
+        return f"gpuless-{super().hash()}"
+
+
 class _Utils:
     def __init__(self, gpu: EmulatedGPU) -> None:
-        self._model = MODELS[gpu.arch]
+        self._arch, self._model = gpu.arch, MODELS[gpu.arch]
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
             "max_shared_mem": self._model.shared_memory,
             "multiprocessor_count": self._model.multiprocessors,
-            "warpSize": 32,
+            "warpSize": target_of(self._arch).warp_size,
         }
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, str, int, int, int]:
@@ -121,14 +143,15 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
         bound = rest[4:]  # after packed and launch metadata, enter and exit hook
         gpu, metadata = triton.runtime.driver.active.gpu, self._metadata
+        named = zip(self._source.signature, bound, self._is_argument, strict=True)
+        given = {name: value for name, value, is_one in named if is_one}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         record = Launch(
             metadata.name, gpu.arch, (x, y, z), metadata.num_warps, metadata.num_stages, metadata.shared, ptx,
-            self._source, metadata,
+            self._source, metadata, tensors,
         )  # fmt: skip
         gpu.launches.append(record)
         if gpu.execute and x * y * z:
-            named = zip(self._source.signature, bound, self._is_argument, strict=True)
-            given = {name: value for name, value, is_one in named if is_one}
             record.result = launch(
                 ptx, (x, y, z), [*given.values()], argument_names=[*given], shared=metadata.shared,
                 strict=gpu.strict, counts=gpu.counts,
@@ -152,9 +175,9 @@ class EmulatedDriver(DriverBase):
         raise NotImplementedError("no launcher is compiled for an emulated GPU")
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.gpu.arch, 32)
+        return target_of(self.gpu.arch)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.gpu.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
@@ -173,6 +196,13 @@ class EmulatedDriver(DriverBase):
         return run_once
 
 
+def target_of(arch: int | str) -> GPUTarget:
+    """Triton's name of an architecture."""
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, 32 if arch.startswith("gfx11") else 64)
+
+
 @torch.library.impl("aten::mm.dtype", "CPU")
 def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """What CUDA has and the CPU lacks: a product of 16-bit operands that is not rounded to 16 bits."""
@@ -181,12 +211,12 @@ def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torc
 
 @contextlib.contextmanager
 def device(
-    arch: int, *, execute: bool = True, strict: bool = True, counts: bool = False
+    arch: int | str, *, execute: bool = True, strict: bool = True, counts: bool = False
 ) -> Iterator[EmulatedGPU]:
     """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.
 
     Args:
-        arch: 80, 86, 89, 90 or 120; 100 with execute=False only.
+        arch: 80, 86, 89, 90 or 120; with execute=False also 100, "gfx90a", "gfx942" and "gfx1100".
         execute: False compiles and records the launches without running them: tensors may then be large.
         strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
         counts: count instructions, memory transactions and bytes of every launch (slower).
@@ -196,12 +226,17 @@ def device(
     """
     if arch not in MODELS:
         raise ValueError(f"arch must be one of {', '.join(map(str, MODELS))}, got {arch}")
+    if execute and isinstance(arch, str):
+        raise ValueError(
+            f"execute must be False for AMD GPUs, whose code is not emulated, got True for {arch}"
+        )
     gpu, config = EmulatedGPU(arch, execute, strict, counts), triton.runtime.driver
-    before, nvidia = config._active, backends["nvidia"]
-    backends["nvidia"] = Backend(_PtxCompiler, nvidia.driver)
+    before, originals = config._active, dict(backends)
+    backends["nvidia"] = Backend(_PtxCompiler, originals["nvidia"].driver)
+    backends["amd"] = Backend(_AmdCompiler, originals["amd"].driver)
     config.set_active(EmulatedDriver(gpu))
     try:
         yield gpu
     finally:
         config._active = before
-        backends["nvidia"] = nvidia
+        backends.update(originals)

@@ -28,6 +28,7 @@ define_op(
     "bottleneck_adapter",
     f"(Tensor hidden, Tensor? residual, {_OPERANDS}, bool need_down, bool need_up) "
     "-> (Tensor out, Tensor down, Tensor up)",
+    triton="peft_kernels.ops.adapter.triton",
 )
 define_op(
     "bottleneck_adapter_backward",
@@ -35,6 +36,7 @@ define_op(
     "bool need_hidden, bool need_down_weight, bool need_down_bias, bool need_up_weight, bool need_up_bias, "
     "bool need_scale, bool need_gate) -> (Tensor dhidden, Tensor ddown_weight, Tensor ddown_bias, "
     "Tensor dup_weight, Tensor dup_bias, Tensor dscale, Tensor dgate)",
+    triton="peft_kernels.ops.adapter.triton",
 )
 
 

@@ -13,6 +13,7 @@ from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_for
 define_op(
     "dora_norm",
     f"({BASE_SCHEMA}, SymInt out_features, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor",
+    triton="peft_kernels.ops.dora.triton",
 )
 
 

@@ -16,18 +16,28 @@ _WARPS = 4
 
 @triton.jit
 def keep_tile(
-    rows, first_column, columns, seed, threshold, BLOCK: tl.constexpr, GROUPED: tl.constexpr
+    rows, first_column, columns, seed, threshold, BLOCK: tl.constexpr, GROUPED: tl.constexpr,
+    OPERAND: tl.constexpr = False,
 ):  # fmt: skip
     """Which elements of a row-major tensor dropout keeps, bool [BM, BLOCK]; counter layout: README.md.
 
     Elements (rows[m], first_column + i) for i < BLOCK, whether or not the tensor has them; `seed` int64,
     `threshold` from `keep_threshold`. GROUPED needs `columns` and `first_column` to be multiples of 4 and
-    takes all four words of a call of Philox; otherwise every element pays for a whole call.
+    takes all four words of a call of Philox; otherwise every element pays for a whole call. OPERAND says that
+    the tile that is masked goes into tl.dot: the same bits in a form that costs its operands nothing.
     """
     if GROUPED:
         group = rows.to(tl.int64) * (columns // 4) + first_column // 4
         word0, word1, word2, word3 = tl.randint4x(seed, group[:, None] + tl.arange(0, BLOCK // 4)[None, :])
-        words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+        if (
+            OPERAND
+        ):  # for a tl.join on the way to tl.dot Triton halves the vectors of operands: bank conflicts
+            i = tl.arange(0, 4)[None, None, :]
+            low = tl.where(i == 0, word0[:, :, None], word1[:, :, None])
+            high = tl.where(i == 2, word2[:, :, None], word3[:, :, None])
+            words = tl.reshape(tl.where(i < 2, low, high), (rows.shape[0], BLOCK))
+        else:
+            words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
     else:
         element = (rows.to(tl.int64) * columns + first_column)[:, None] + tl.arange(0, BLOCK)[None, :]
         word0, word1, word2, word3 = tl.randint4x(seed, element >> 2)

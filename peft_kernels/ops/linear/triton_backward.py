@@ -34,7 +34,7 @@ def sums_over_grad(a: BackwardArgs, f: ForwardArgs, grad: torch.Tensor) -> SumsO
     need_du = f.lora_b is not None and (a.need_x or a.need_lora_a)
     if not need_du and all(of is None for _, of in wanted):
         return SumsOverGrad(None, None, None, None)
-    tile, ranks = launch.SKINNY, rank_tile(rank)
+    tile, ranks = triton_plan.grad_tile(gpu()), rank_tile(rank)
     block_m = launch.token_tile(tile.block_m, max(m, 1))
     chunk = max(
         1, triton_plan.SCRATCH_BYTES // (4 * n * rank)
@@ -75,7 +75,7 @@ def lora_a_gradient(f: ForwardArgs, du: torch.Tensor) -> torch.Tensor:
     (m, k), rank = f.x.shape, f.lora_a.shape[0]
     if m == 0:
         return f.lora_a.new_zeros(rank, k)
-    tile, ranks = launch.SKINNY, rank_tile(rank)
+    tile, ranks = launch.LORA_A_GRADIENT, rank_tile(rank)
     block_m = launch.token_tile(tile.block_m, m)
     ctas = cdiv(k, tile.block_k) * cdiv(rank, ranks)
     most = max(1, triton_plan.SCRATCH_BYTES // (4 * rank * k))

@@ -14,7 +14,7 @@ def store_input_gradient(
     seed_ptr, threshold, keep_scale, M, K, x_stride, rank,
     R: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; sum_m x t into the partials."""
+    """The epilogue: dx = l_in t + D'(du A) for a tile of t = dz W, rounded once; sum_m x t into partials."""
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     if partial_ptr is not None:
         x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_stride + columns[None, :], mask=inside, other=0.0)

@@ -45,7 +45,7 @@ class Forward:
         a, (m, k), rank = self._a, self._a.x.shape, lora_a.shape[0]
         if m == 0:
             return a.x.new_empty(0, rank, dtype=torch.float32)
-        tile, ranks = launch.SKINNY, rank_tile(rank)
+        tile, ranks = launch.PROJECTION, rank_tile(rank)
         block_m = launch.token_tile(tile.block_m, m)
         ctas = cdiv(m, block_m) * cdiv(rank, ranks)
         columns = part(k, triton_plan.splits(ctas, k, tile.block_k, gpu()), tile.block_k)

@@ -19,7 +19,9 @@ def load_weight(
     """
     BN: tl.constexpr = rows.shape[0]
     PARTS: tl.constexpr = BK // BLOCKSIZE if BK > BLOCKSIZE else 1  # blocks in a row of the tile
-    byte = first_column // 2 + tl.arange(0, BK // 2)
+    # Four bytes a lane, eight weights: 16 bytes once they are bf16. Wider loads would spread a lane's stores
+    # to shared memory so far that banks conflict.
+    byte = tl.max_contiguous(tl.multiple_of(first_column // 2 + tl.arange(0, BK // 2), 4), 4)
     packed = tl.load(
         weight_ptr + rows[:, None].to(tl.int64) * (K // 2) + byte[None, :],
         mask=(rows < N)[:, None] & (byte < K // 2)[None, :],

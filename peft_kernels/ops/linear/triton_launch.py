@@ -15,7 +15,8 @@ from peft_kernels.ops.nf4.triton import contiguous, has_shuffle, nested_blocksiz
 
 EPILOGUE = Tile(32, 64, 64)
 PANEL = Tile(0, 32, 128)
-SKINNY = Tile(64, 64, 64)  # products with a side of length r
+PROJECTION = Tile(32, 0, 64)
+LORA_A_GRADIENT = Tile(64, 0, 64)
 
 
 def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:

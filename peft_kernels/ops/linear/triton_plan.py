@@ -16,7 +16,7 @@ PANEL_BYTES = 16 << 20  # of dequantised weight: stays in the L2 of every GPU fr
 # Tokens up to which the decode kernel runs, without tensor cores. In 16 bits it takes 5.2 instructions a
 # weight for one token, 9.5 for two; the matmul kernel 7.1 for up to 16. In fp32 the alternative is panels.
 DECODE_TOKENS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}
-LARGEST_RANK_TILE = 64
+LARGEST_RANK_TILE = 32  # with 64, epilogues spill
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,18 @@ class _Row(NamedTuple):
 _DECODE = {1: Tile(1, 8, 1024), 2: Tile(2, 8, 512), 4: Tile(4, 4, 512)}  # by most tokens
 _FORWARD = (
     _Row(16, Tile(16, 64, 128, stages=3)),
-    _Row(32, Tile(32, 64, 128, stages=3)),
+    _Row(32, Tile(32, 128, 64, stages=3)),
     _Row(128, Tile(64, 64, 64, stages=3)),
 )
 _BACKWARD = (
-    _Row(16, Tile(16, 64, 64, stages=3)),
-    _Row(32, Tile(32, 64, 64, stages=3)),
+    _Row(16, Tile(16, 64, 128, stages=3)),
+    _Row(32, Tile(32, 64, 128, stages=3)),
     _Row(128, Tile(64, 64, 64, stages=3)),
 )
+_WGMMA_FORWARD = Tile(64, 128, 64, stages=3)  # in place of the last: operands come from shared memory
 # Most tokens for which decoding in the product's loop is predicted to beat panels: fewer where tensor cores
 # are fast beside the decoder.
-_MATMUL_TOKENS: dict[int | str, int] = {80: 128, 86: 128, 89: 128, 90: 64, 100: 32, 120: 128}
+_MATMUL_TOKENS: dict[int | str, int] = {80: 128, 86: 128, 89: 128, 90: 64, 100: 32, 103: 32, 120: 128}
 _MATMUL_TOKENS_DEFAULT = 64
 
 
@@ -102,14 +103,19 @@ def backward_plan(product: Product, gpu: GPU) -> Plan:
     return _matmul(_BACKWARD, product, gpu, outputs=product.in_features, summed=product.out_features)
 
 
-def splits(ctas: int, summed: int, step: int, gpu: GPU) -> int:
-    """Into how many parts to split a sum, for two CTAs on every multiprocessor; at least four steps each."""
-    return max(1, min(2 * gpu.multiprocessors // ctas, summed // (4 * step)))
+def splits(ctas: int, summed: int, step: int, gpu: GPU, per_multiprocessor: int = 2) -> int:
+    """Into how many parts to split a sum, so that multiprocessors have CTAs; at least four steps each."""
+    return max(1, min(per_multiprocessor * gpu.multiprocessors // ctas, summed // (4 * step)))
 
 
 def part(summed: int, splits: int, step: int) -> int:
     """Length of a split, in whole steps."""
     return -(-summed // (splits * step)) * step
+
+
+def grad_tile(gpu: GPU) -> Tile:
+    """Tile of the sums over the gradient."""
+    return Tile(gpu.tile_rows, gpu.tile_rows, 64)
 
 
 def rank_tile(rank: int) -> int:
@@ -127,9 +133,11 @@ def _matmul(rows: tuple[_Row, ...], product: Product, gpu: GPU, outputs: int, su
     if product.dtype == torch.float32 or m > _MATMUL_TOKENS.get(gpu.arch, _MATMUL_TOKENS_DEFAULT):
         return Plan("panels")
     tile = next(row.tile for row in rows if m <= row.most_tokens)
+    if rows is _FORWARD and tile.block_m == 64 and gpu.arch == 90:
+        tile = _WGMMA_FORWARD
     # Forward tiles lie along N and step over K, backward tiles the other way round.
     width, step = (tile.block_n, tile.block_k) if rows is _FORWARD else (tile.block_k, tile.block_n)
     ctas = -(-m // tile.block_m) * -(-outputs // width)
     most = max(1, SCRATCH_BYTES // (4 * m * outputs))
-    count = min(most, splits(ctas, summed, step, gpu))
+    count = min(most, splits(ctas, summed, step, gpu, per_multiprocessor=2 if m <= 16 else 1))
     return Plan("matmul", tile, -(-summed // part(summed, count, step)))

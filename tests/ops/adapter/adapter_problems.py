@@ -80,23 +80,25 @@ class Problem:
             mask = pk.functional.philox_dropout_mask((m, n), self.dropout_p, self.seed)
             keep = mask * torch.tensor(1 / (1 - self.dropout_p), dtype=torch.float32).double()
 
-        # Both operands of a product may be rounded to bf16 first.
-        operands = (2 + 2**-7) * numerics.unit_roundoff(dtype) if bf16_products(dtype) else 0.0
+        operands, tiny = operand_errors(dtype)
 
         def gamma(count: int) -> float:
             return numerics.gamma(count, accumulate) + operands
 
+        def size(operand: torch.Tensor) -> torch.Tensor:
+            return operand.abs() + tiny
+
         own = ACTIVATION_ERROR if accumulate == torch.float32 else 1e-13
         index = ACTIVATIONS.index(self.activation)
         z = h @ w_d.t() + b_d
-        dz_error = gamma(d + 2) * (h.abs() @ w_d.abs().t() + b_d.abs())
+        dz_error = gamma(d + 2) * (size(h) @ size(w_d).t() + b_d.abs())
         f, f1 = activated(self.activation, z), slope(index, z)
         f_error = SLOPES.get(self.activation, 1.0) * dz_error + own * torch.maximum(f.abs(), z.abs())
         f1_error = CURVATURES.get(self.activation, 0.0) * dz_error + own
         if self.activation in ("relu", "leaky_relu"):
             jump = 1.0 if self.activation == "relu" else 1.0 - LEAKY_SLOPE
             f1_error = torch.where(z.abs() <= dz_error, jump, own)
-        v, v_size = f @ w_u.t() + b_u, f.abs() @ w_u.abs().t() + b_u.abs()
+        v, v_size = f @ w_u.t() + b_u, size(f) @ size(w_u).t() + b_u.abs()
         v_error = f_error @ w_u.abs().t() + gamma(r + 2) * (v_size + f_error @ w_u.abs().t())
         few = gamma(8)
         out = v * scale * keep * gate + residual
@@ -105,10 +107,10 @@ class Problem:
         dropped = g * keep
         dup, e = dropped * gate, dropped * gate * scale
         df = e @ w_u
-        df_error = gamma(n + 8) * (e.abs() @ w_u.abs())
+        df_error = gamma(n + 8) * (size(e) @ size(w_u))
         dz = df * f1
         grad_error = df_error * f1.abs() + (df.abs() + df_error) * f1_error + few * dz.abs()
-        dz_size = dz.abs() + grad_error
+        dz_size = size(dz) + grad_error
         dh = dz @ w_d + (g if self.residual_is_hidden else 0)
         dscale = (dup * v).sum(0)
         dscale_error = (dup.abs() * v_error).sum(0) + gamma(m + r + 8) * (dup.abs() * v_size).sum(0)
@@ -129,10 +131,10 @@ class Problem:
         }
         errors = {
             "out": out_error,
-            "hidden": grad_error @ w_d.abs() + gamma(r + 3) * (dz_size @ w_d.abs() + g.abs().max()),
-            "down_weight": grad_error.t() @ h.abs() + gamma(m + 2) * (dz_size.t() @ h.abs()),
+            "hidden": grad_error @ w_d.abs() + gamma(r + 3) * (dz_size @ size(w_d) + g.abs().max()),
+            "down_weight": grad_error.t() @ h.abs() + gamma(m + 2) * (dz_size.t() @ size(h)),
             "down_bias": grad_error.sum(0) + gamma(m) * dz_size.sum(0),
-            "up_weight": e.abs().t() @ f_error + gamma(m + 8) * (e.abs().t() @ (f.abs() + f_error)),
+            "up_weight": e.abs().t() @ f_error + gamma(m + 8) * (size(e).t() @ (size(f) + f_error)),
             "up_bias": gamma(m + 8) * e.abs().sum(0),
             "scale": dscale_error,
             "gate": (ungated * v_error).sum(1) + gamma(n + r + 8) * (ungated * v_size).sum(1),
@@ -141,10 +143,21 @@ class Problem:
         return exact, errors
 
 
-def bf16_products(dtype: torch.dtype) -> bool:
-    """Whether the native backend rounds the operands of products to bf16 for `hidden` of this dtype."""
-    native = backend_of("bottleneck_adapter", "cpu") != "reference"
-    return native and dtype == torch.bfloat16 and native_library().capability == "avx512_bf16"
+def operand_errors(dtype: torch.dtype) -> tuple[float, float]:
+    """What the backend in force loses of a product by rounding its operands, for `hidden` of this dtype.
+
+    Relative to |a| |b|, with the second number added to each of |a| and |b|: below it, the smallest normal
+    number, the error of an operand is no longer relative.
+    """
+    backend, unit = backend_of("bottleneck_adapter", "cpu"), numerics.unit_roundoff(dtype)
+    if backend == "triton" and dtype == torch.float32:
+        # tf32x3: a is a' = tf32(a), to nearest, and a - a', of which 11 bits are kept; the product of the two
+        # remainders is left out. 2 (2^-11 2^-10) + 2^-11 2^-11.
+        return 5 * 2.0**-22, 0.0
+    native_bf16 = backend.startswith("cpu") and native_library().capability == "avx512_bf16"
+    if dtype.itemsize == 2 and (backend == "triton" or (native_bf16 and dtype == torch.bfloat16)):
+        return (2 + unit) * unit, torch.finfo(dtype).tiny  # both operands are rounded to dtype
+    return 0.0, 0.0
 
 
 def activated(activation: str, z: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,12 @@
 """The Triton kernel of `philox_dropout` on emulated GPUs, and the mask that other kernels draw with it."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-import gpuless
 import peft_kernels as pk
 from gpuless.driver import EmulatedGPU
 from peft_kernels.ops.dropout.reference import philox4x32
@@ -17,12 +15,6 @@ from peft_kernels.ops.dropout.triton import TILE, keep_scale, keep_threshold, ke
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (0, 2**32 - 1, 2**63 - 1, -1, -(2**63))
 dropout = pk.functional.philox_dropout
-
-
-@pytest.fixture(params=[80, 90, 120])
-def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedGPU]:
-    with gpuless.device(request.param) as device, pk.use_backend("triton"):
-        yield device
 
 
 def bits(y: torch.Tensor) -> list[int]:
@@ -70,11 +62,18 @@ def test_float64_is_refused(gpu: EmulatedGPU) -> None:
 @triton.jit(do_not_specialize=["first_row", "threshold"])
 def _mask_kernel(
     out_ptr, first_row, first_column, columns, seed_ptr, threshold,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     keep = keep_tile(
-        first_row.to(tl.int64) + rows, first_column, columns, tl.load(seed_ptr), threshold, BLOCK, GROUPED
+        first_row.to(tl.int64) + rows,
+        first_column,
+        columns,
+        tl.load(seed_ptr),
+        threshold,
+        BLOCK,
+        GROUPED,
+        OPERAND,
     )
     tl.store(out_ptr + rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], keep.to(tl.int8))
 
@@ -91,13 +90,14 @@ def test_mask_of_a_tile_anywhere(gpu: EmulatedGPU, first_row: int, columns: int)
         counter = (element >> 2 & low, element >> 34, zero, zero)
         words = torch.stack(philox4x32(counter, (torch.tensor(seed & low), torch.tensor(seed >> 32 & low))))
         expected = words.gather(0, (element & 3)[None])[0] >= keep_threshold(p)
-        for grouped in (False, True) if columns % 4 == 0 else (False,):
+        forms = [(False, False), (True, False), (True, True)]
+        for grouped, operand in forms if columns % 4 == 0 else forms[:1]:
             mask = torch.full((rows, block), 2, dtype=torch.int8)
             _mask_kernel[(1,)](
                 mask, first_row, first_column, columns, torch.tensor(seed), keep_threshold(p),
-                ROWS=rows, BLOCK=block, GROUPED=grouped, enable_fp_fusion=False,
+                ROWS=rows, BLOCK=block, GROUPED=grouped, OPERAND=operand, enable_fp_fusion=False,
             )  # fmt: skip
-            assert torch.equal(mask, expected.to(torch.int8)), (seed, grouped)
+            assert torch.equal(mask, expected.to(torch.int8)), (seed, grouped, operand)
 
 
 def test_threshold_and_scale() -> None:

@@ -1,0 +1,110 @@
+"""What only a GPU can show: streams, CUDA graphs, the vendor's GEMMs, and the same numbers as elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from factories import WEIGHTS, Problem, make_problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(problem: Problem) -> Problem:
+    """The same problem with its tensors on the GPU; its checks stay on the CPU."""
+    weight = problem.weight.to("cuda")
+    return Problem(
+        {name: tensor.cuda() for name, tensor in problem.tensors.items()},
+        weight,
+        problem.exact_weight,
+        problem.grad.cuda(),
+        problem.scaling,
+        problem.dropout_p,
+        problem.seed,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("m", [0, 1, 3, 17, 64, 130, 1025])
+def test_adapted_linear(m: int, weight: str, dtype: torch.dtype) -> None:
+    problem = make_problem(m, 515, 1024, r=16, weight=weight, dtype=dtype, dropout_p=0.1)
+    with pk.use_backend("triton"):
+        y, grads = on_gpu(problem).run_with_gradients()
+        problem.check(y.cpu())
+        problem.check_gradients({name: grad.cpu() for name, grad in grads.items()})
+
+
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_other_stream(m: int) -> None:
+    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, dropout_p=0.1))
+    expected, _ = problem.run_with_gradients()
+    stream = torch.cuda.Stream()
+    x = problem.tensors["x"]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # a kernel on another stream would overtake this, and read zeros
+        late = torch.zeros_like(x).copy_(x)
+        y = problem.run(x=late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_cuda_graph(m: int) -> None:
+    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16))
+    a = {name: tensor.detach() for name, tensor in problem.tensors.items()}
+    with torch.no_grad():
+        expected = problem.run(**a)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = problem.run(**a)
+        y.zero_()
+        graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_no_host_synchronisation(m: int) -> None:
+    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, dropout_p=0.1))
+    problem.seed = torch.tensor(5, device="cuda")  # type: ignore[assignment]
+    problem.run_with_gradients()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        problem.run_with_gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_on_every_run() -> None:
+    problem = on_gpu(make_problem(130, 512, 1024, dtype=torch.bfloat16, dropout_p=0.1))
+    first: Any = problem.run_with_gradients()
+    for _ in range(5):
+        again: Any = problem.run_with_gradients()
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_codec(dtype: torch.dtype, double_quant: bool) -> None:
+    weight = torch.randn(515, 1001).to(dtype)
+    expected, found = (pk.functional.nf4_quantize(w, 64, double_quant) for w in (weight, weight.cuda()))
+    assert torch.equal(found.packed.cpu(), expected.packed)
+    if not double_quant:  # the mean of absmax is torch's own, and differs between devices
+        assert torch.equal(found.absmax.cpu(), expected.absmax)
+    assert torch.equal(expected.to("cuda").dequantize().cpu(), expected.dequantize())
+
+
+def test_dora_norm() -> None:
+    w, a, b = torch.randn(130, 1001), torch.randn(20, 1001), torch.randn(130, 20)
+    expected = pk.functional.dora_norm(w.double(), a.double(), b.double(), 0.5)
+    found = pk.functional.dora_norm(w.cuda(), a.cuda(), b.cuda(), 0.5)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-6, atol=0)
+
+
+def test_compiled_training_step() -> None:
+    problem = on_gpu(make_problem(17, 512, 1024, dtype=torch.bfloat16))
+    eager, _ = problem.run_with_gradients()
+    compiled = torch.compile(problem.run, fullgraph=True)
+    assert torch.equal(compiled(), eager)
