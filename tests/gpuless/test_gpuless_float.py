@@ -47,7 +47,7 @@ def test_fma_rounds_once(kind: str, operands: str) -> None:
 
 
 def test_fma_of_float32_is_not_rounded_in_float64_first() -> None:
-    """a·b + c a hair off the middle of two float32, so little that float64 cannot see it: 2^-46 of half a unit.
+    """a·b + c off the middle of two float32 by so little that float64 cannot see it: 2^-46 of half a unit.
 
     8384513 · 8392705 = 2^46 + 1 and (2^23 - 1)(2^23 + 1) = 2^46 - 1.
     """
