@@ -281,6 +281,34 @@ DONE: bar.warp.sync 0xffffffff; {OUT} st.global.u32 [%rd1], %r2;
     assert out.tolist() == [steps(n + 1) for n in range(128)]
 
 
+def test_scopes_and_branch_tables() -> None:
+    """Registers and labels of { } are its own; brx.idx takes each thread to its place."""
+    out = buffer()
+    block = """
+  { .reg .pred p; .reg .b32 t<3>;
+    setp.lt.u32 p, %r90, LIMIT; mov.u32 t1, 0; @p bra SKIP; mov.u32 t1, 1; SKIP: add.u32 %r1, %r1, t1; }
+"""
+    body = f"""
+  mov.u32 %r1, 0; {block.replace("LIMIT", "10")} {block.replace("LIMIT", "100")}
+  and.b32 %r2, %r90, 3; setp.eq.u32 %p1, %r2, 3; @%p1 bra END;
+TABLE: .branchtargets ONE, TWO, END;
+  brx.idx %r2, TABLE;
+ONE: add.u32 %r1, %r1, 10; bra END;
+TWO: add.u32 %r1, %r1, 20;
+END: {OUT} st.global.u32 [%rd1], %r1;
+"""
+    run(body, [out])
+    thread = np.arange(128)
+    expected = (thread >= 10).astype(int) + (thread >= 100) + np.array([10, 20, 0, 0])[thread & 3]
+    assert np.array_equal(out, expected)
+
+
+def test_reducing_barrier() -> None:
+    out = buffer()
+    run(f"setp.lt.u32 %p1, %r90, 37; bar.red.popc.u32 %r1, 0, %p1; {OUT} st.global.u32 [%rd1], %r1;", [out])
+    assert (out == 37).all()
+
+
 def test_what_is_not_emulated_is_refused_by_name() -> None:
     with pytest.raises(
         Unsupported, match=r"mbarrier.init.* is not emulated: mbarrier, tcgen05, clusters and TMA are not"
