@@ -72,7 +72,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A variable. ``offset`` counts from the start of its space: -1 for dynamic shared memory, 0 for global."""
+    """A variable. ``offset`` counts from the start of its space; -1 for dynamic shared memory."""
 
     name: str
     space: str
