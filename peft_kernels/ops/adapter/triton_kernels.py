@@ -330,8 +330,8 @@ def token_product_kernel(
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     columns, units = tile * BC + tl.arange(0, BC), chunk * BR + tl.arange(0, BR)
     total, column_sums = tl.zeros((BC, BR), tl.float32), tl.zeros((BC,), tl.float32)
-    # A 16-bit x that goes into the product as it is must not be read into registers too: Triton 3.9 then refills
-    # its buffer while wgmma still reads it (found by the emulator). Tensor cores sum its columns, 16 times over.
+    # A 16-bit x that goes into the product as it is must not be read into registers too: Triton 3.9 refills
+    # its buffer while wgmma still reads it (the emulator found that). Tensor cores sum its columns, 16 times.
     DIRECT: tl.constexpr = (
         gate_ptr is None
         and seed_ptr is None
