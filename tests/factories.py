@@ -118,7 +118,7 @@ class Problem:
 
         On the CPU a dense weight's is torch's GEMM: it takes 16-bit operands (x * l_in, or c * g, rounded
         once) and returns a 16-bit result (rounded once), as torch.nn.functional.linear does. On a GPU the
-        result is not rounded. An NF4 weight (times the scale multiplied into it) is rounded once, except where
+        result is not rounded. An NF4 weight (times its scale) is rounded once, except where
         the plan looks up its codes without tensor cores, or has fp32 panels.
         """
         dtype = self.grad.dtype

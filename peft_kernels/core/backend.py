@@ -43,6 +43,8 @@ def define_op(op_name: str, signature: str, triton: str | None = None) -> None:
         @_without_autocast
         def launcher(tensor: torch.Tensor, *args: Any) -> Any:
             with on_device_of(tensor):
+                if why_no_gpu():  # an old one: `python -m peft_kernels` says so
+                    return getattr(torch.ops.peft_kernels, op_name).reference(tensor, *args)
                 return getattr(importlib.import_module(triton), op_name)(tensor, *args)
 
         torch.library.impl(f"peft_kernels::{op_name}.triton", "default", launcher)
@@ -143,7 +145,7 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
     has_kernel = key is not None and _has_kernel(op_name, key)
     if forced in ("reference", "triton"):
         return forced
-    if device_type == "cuda" and has_kernel:
+    if device_type == "cuda" and has_kernel and not why_no_gpu():
         return "triton"
     if device_type == "cpu" and has_kernel and native.loaded:
         return f"cpu (C++ {native.capability or 'unusable'})"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+OLDEST_ARCH = 80  # tensor cores that take bf16 and TF32
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -23,6 +25,14 @@ class GPU:
     arch: int | str
     multiprocessors: int
     shared_memory: int
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a tile of a product may have.
+
+        With 64 Triton takes tcgen05 on a B200 and B300, which no emulator of ours has proven.
+        """
+        return 32 if self.arch in (100, 103) else 64
 
 
 def gpu() -> GPU:
@@ -43,6 +53,9 @@ def why_no_gpu() -> str | None:
         return f"Triton is not installed ({error})"
     except RuntimeError:  # "0 active drivers"
         return "Triton finds none on this machine"
+    arch = gpu().arch
+    if isinstance(arch, int) and arch < OLDEST_ARCH:
+        return f"it has compute capability {arch / 10}, and {OLDEST_ARCH / 10} is needed"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
 from peft_kernels.core import backend as backend_module
+from peft_kernels.core import gpu as gpu_module
 from peft_kernels.core.backend import backend_of, resolve
 from peft_kernels.core.library import NativeLibrary, native_library
 
@@ -145,7 +147,7 @@ def test_cpu_backend_refuses_what_it_cannot_run() -> None:
 @needs_native
 def test_backend_of_names_what_runs() -> None:
     assert backend_of("nf4_quantize", "cpu") == f"cpu (C++ {native_library().capability})"
-    assert backend_of("nf4_quantize", torch.device("cuda")) == "triton"
+    assert backend_of("nf4_quantize", torch.device("cuda")) == "reference"  # for there is none here
     with pk.use_backend("reference"):
         assert backend_of("nf4_quantize", "cpu") == "reference"
 
@@ -154,3 +156,27 @@ def test_op_without_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "why_no_gpu", lambda: None)
     with pk.use_backend("triton"), pytest.raises(RuntimeError, match="nf4_linear_int8 has no Triton kernel"):
         resolve("nf4_linear_int8", torch.empty(1))
+
+
+class OldDriver:
+    """Triton's driver on a machine with a T4."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda _: {"multiprocessor_count": 40, "max_shared_mem": 65536}
+    )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return SimpleNamespace(backend="cuda", arch=75)
+
+
+def test_old_gpu_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = OldDriver()
+    monkeypatch.setattr(gpu_module, "_driver", lambda: driver)
+    with pytest.raises(RuntimeError, match=r"compute capability 7\.5, and 8\.0 is needed"):
+        pk.use_backend("triton").__enter__()
+    weight = torch.randn(64)
+    packed, _ = torch.ops.peft_kernels.nf4_quantize.triton(weight, 64)
+    assert torch.equal(packed, torch.ops.peft_kernels.nf4_quantize.reference(weight, 64)[0])

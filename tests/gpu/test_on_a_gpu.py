@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, CUDA graphs, the vendor's GEMMs, and the same numbers as everywhere else."""
+"""What only a GPU can show: streams, CUDA graphs, the vendor's GEMMs, and the same numbers as elsewhere."""
 
 from typing import Any
 

@@ -36,8 +36,8 @@ _GROUPS = (
     instructions_wgmma,
 )
 _SHARED_NAMES = (
-    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr",
-    "addc", "subc",
+    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not",
+    "shl", "shr", "addc", "subc",
 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def _load_matrix(m: Machine, ins: Instruction) -> Closure:
         index, kept = shared.locate(ins, address(lanes), lanes, 16)
         shared.read(ins, *shared.granules(index, kept, 16))
         if m.counts:
-            m.counts.shared_access(ins, address(lanes), lanes, 16, m.lanes, rows=True)
+            m.counts.shared_access(ins, address(lanes), lanes, 16, m.lanes)
         matrices = np.zeros((m.lanes, 8), np.uint16)
         matrices[kept] = shared.rows(2, 16)[index // 16]
         tiles = matrices.reshape(-1, 4, 8, 8)  # warp, matrix, row, column
@@ -102,7 +102,7 @@ def _store_matrix(m: Machine, ins: Instruction) -> Closure:
         index, kept = shared.locate(ins, address(lanes), lanes, 16)
         shared.write(ins, *shared.granules(index, kept, 16))
         if m.counts:
-            m.counts.shared_access(ins, address(lanes), lanes, 16, m.lanes, rows=True)
+            m.counts.shared_access(ins, address(lanes), lanes, 16, m.lanes)
         shared.put(ins, index, kept, 16, tiles.reshape(m.lanes, 8)[everyone(kept, m.lanes)])
 
     return run

@@ -189,16 +189,25 @@ def _copy_async(m: Machine, ins: Instruction) -> Closure:
             wanted = kept[given[kept] > 0]
         else:
             wanted = kept if given else kept[:0]
+        if isinstance(given, np.ndarray) and (partial := (given[wanted] < size)).any():
+            _copy_part(m, ins, wanted[partial], of(wanted[partial]), given, kept, values)
+            wanted = wanted[~partial]
         data, got = m.memory.load(m, ins, of(wanted), wanted, size, item, strong=False)
         values[np.searchsorted(kept, everyone(got, m.lanes))] = data
-        if isinstance(given, np.ndarray):
-            count = given[kept]
-            if np.count_nonzero((count != 0) & (count != size)):
-                octets = values.view(np.uint8)
-                octets[np.arange(size) >= count[:, None]] = 0
         copies.issue((ins, index, values, kept, size), kept, ins)
 
     return copy
+
+
+def _copy_part(
+    m: Machine, ins: Instruction, lanes: NDArray, of: NDArray, count: NDArray, kept: NDArray, values: NDArray
+) -> None:
+    """The source of a cp.async that is shorter than its destination, byte by byte; the rest stays zero."""
+    octets = values.view(np.uint8)
+    for byte in range(int(count[lanes].max())):
+        wanted = count[lanes] > byte
+        data, got = m.memory.load(m, ins, of[wanted] + byte, lanes[wanted], 1, 1, strong=False)
+        octets[np.searchsorted(kept, got), byte] = data[:, 0]
 
 
 @instruction("atom", "red")

@@ -134,17 +134,20 @@ _REDUCE = {
 def _reduce(m: Machine, ins: Instruction) -> Closure:
     kind = ins.types[-1]
     operation = next(x for x in ins.modifiers if x in _REDUCE)
-    if kind == "f32":
-        raise unsupported(ins)
     d, a = target(m, ins, ins.operands[0], kind), source(m, ins, ins.operands[1], kind)
     check = members(m, ins, ins.operands[2], "redux.sync")
-    limits = np.iinfo(dtype_of(kind))
-    neutral = {"min": limits.max, "max": limits.min, "and": ~dtype_of(kind)(0)}.get(operation, 0)
+    reduce = _REDUCE[operation]
+    if kind == "f32":
+        neutral = np.nan if not ins.has("NaN") else np.inf if operation == "min" else -np.inf
+        reduce = reduce if ins.has("NaN") else {"min": np.fmin, "max": np.fmax}[operation]
+    else:
+        limits = np.iinfo(dtype_of(kind))
+        neutral = {"min": limits.max, "max": limits.min, "and": ~dtype_of(kind)(0)}.get(operation, 0)
 
     def run() -> None:
         check()
-        values = np.where(m.active.mask, a, dtype_of(kind)(neutral))
-        assign(m, d, np.repeat(_REDUCE[operation].reduce(_by_warp(values), axis=1, dtype=values.dtype), WARP))
+        values = np.where(m.active.mask, np.abs(a) if ins.has("abs") else a, dtype_of(kind)(neutral))
+        assign(m, d, np.repeat(reduce.reduce(_by_warp(values), axis=1, dtype=values.dtype), WARP))
 
     return run
 

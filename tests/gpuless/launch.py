@@ -150,8 +150,8 @@ def _pack(
             block = _Block.of(shown, parameter, value)
             parameters[parameter] = struct.pack("<Q", block.address)
             blocks.append((block, parameter in writes))
-        elif isinstance(value, float):
-            parameters[parameter] = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], value)
+        elif isinstance(value, (float, np.floating)) or (value and parameter in program.float_parameters):
+            parameters[parameter] = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], float(value))
         elif isinstance(value, bytes):
             parameters[parameter] = value.ljust(size, b"\0")
         else:

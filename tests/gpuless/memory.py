@@ -79,7 +79,7 @@ def drop(
 
 
 def put(memory: NDArray, at: NDArray, values: NDArray) -> NDArray[np.bool_] | None:
-    """memory[at] = values; which of them another one has overwritten with something else, None where nobody."""
+    """memory[at] = values; which of them another one overwrote with something else, None where nobody."""
     memory[at] = values
     lost = (memory[at] != values).any(1)
     return lost if np.count_nonzero(lost) else None

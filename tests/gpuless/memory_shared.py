@@ -188,8 +188,8 @@ class SharedMemory(WindowMemory):
                 at = int(np.flatnonzero(pending)[0])
                 self.m.report(
                     "cp.async", ins, lanes[pending],
-                    f"{what} of {self._where(granule[at])} before the cp.async of thread {-2 - int(writer[at])}"
-                    " into it was waited for",
+                    f"{what} of {self._where(granule[at])} before the cp.async into it, of thread"
+                    f" {-2 - int(writer[at])}, was waited for",
                 )  # fmt: skip
             unset = writer == _NOBODY
             if what != "write" and np.count_nonzero(unset):
@@ -233,10 +233,10 @@ class SharedMemory(WindowMemory):
         """Write, and report threads that lose to another one: copies of one value are harmless."""
         lost = put(self.rows(values.itemsize, size), index // size, values)
         if lost is not None:
-            byte = int(index[lost][0]) % self.stride
+            where = self._where(int(index[lost][0]) // self.granule)
             self.m.report(
                 "shared race", ins, everyone(lanes, self.m.lanes)[lost],
-                f"two threads write different values at once to byte {byte} of shared memory{self.symbol(byte)}",
+                f"two threads at once write different values to {where}",
             )  # fmt: skip
 
     def begin_copy(

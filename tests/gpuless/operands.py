@@ -107,7 +107,7 @@ def symbol_address(m: Machine, name: str) -> int | None:
 
 
 def source(m: Machine, ins: Instruction, operand: str, kind: str) -> NDArray | np.generic:
-    """The values of an operand as one row, or a scalar for a literal; a packed type has a row twice as long."""
+    """The values of an operand: a row, a scalar for a literal, a row twice as long for a packed type."""
     want, dtype = type_bits(kind), _DTYPE[kind]
     if operand in m.program.registers:
         bits, slot = m.program.registers[operand]

@@ -92,6 +92,7 @@ class Program:
     registers: dict[str, tuple[int, int]]  # name -> (bits, slot); slots are counted per width
     slots: dict[int, int]  # width -> number of registers
     parameters: dict[str, int]  # name -> bytes
+    float_parameters: frozenset[str]
     symbols: dict[str, Symbol]
     shared_bytes: int  # static shared memory
     local_bytes: int  # a thread's
@@ -139,6 +140,7 @@ def parse(ptx: str, name: str | None = None) -> Program:
     parser.read(text, entry.end(), end - 1)
     threads = _directive(entry[3], "reqntid")
     maximum = _directive(entry[3], "maxntid")
+    parameters = [_parameter(p) for p in entry[2].split(",") if p.strip()]
     program = Program(
         name=entry[1],
         instructions=parser.instructions,
@@ -146,7 +148,8 @@ def parse(ptx: str, name: str | None = None) -> Program:
         branch_tables=parser.branch_tables,
         registers={},
         slots={},
-        parameters=dict(_parameter(p) for p in entry[2].split(",") if p.strip()),
+        parameters={name: size for name, size, _ in parameters},
+        float_parameters=frozenset(name for name, _, is_float in parameters if is_float),
         symbols=parser.symbols,
         shared_bytes=parser.sizes["shared"],
         local_bytes=parser.sizes["local"],
@@ -185,11 +188,11 @@ def _directive(text: str, name: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2] or 1), int(match[3] or 1)) if match else None
 
 
-def _parameter(text: str) -> tuple[str, int]:
+def _parameter(text: str) -> tuple[str, int, bool]:
     match = re.fullmatch(r"\s*\.param\s.*?\.([busf]\d+)\b.*?([$\w]+)\s*(?:\[(\d+)\])?\s*", text, re.S)
     if not match:
         raise ParseError(f"parameter {text.strip()}")
-    return match[2], type_bits(match[1]) // 8 * int(match[3] or 1)
+    return match[2], type_bits(match[1]) // 8 * int(match[3] or 1), match[1].startswith("f")
 
 
 class _Body:

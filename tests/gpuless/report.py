@@ -27,7 +27,8 @@ class Finding:
         source = f", {self.instruction.source}" if self.instruction.source else ""
         return (
             f"{self.kind}: {self.message}; CTA {self.cta}, thread {self.thread}"
-            f" (warp {self.thread // 32}){others}; PTX line {self.instruction.line}{source}: {self.instruction.text}"
+            f" (warp {self.thread // 32}){others}; PTX line {self.instruction.line}{source}:"
+            f" {self.instruction.text}"
         )
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuless.memory import Lanes
 from gpuless.parser import Instruction, Program
 
 if TYPE_CHECKING:
     from gpuless.machine import Active
 
+WARP = 32  # lanes
 SECTOR = 32  # bytes: the unit in which global memory moves
 BANKS = 32  # of 4 bytes: what shared memory delivers in one wavefront
 
@@ -73,42 +75,41 @@ class Counts:
             self.accesses[key] = Access(space, ins.line, ins.name, ins.text)
         return self.accesses[key]
 
-    def global_access(self, ins: Instruction, address: NDArray, lanes: object, size: int, total: int) -> None:
-        """One execution: `size` bytes at `address` for each of the lanes."""
-        warp = np.arange(total)[lanes] // 32
+    def global_access(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, total: int) -> None:
+        """One execution: `size` bytes at `address` for each of the lanes, of `total`."""
         access = self._access("global", ins)
-        access.requests += len(np.unique(warp))
         access.bytes += len(address) * size
-        access.transactions += len(_unique_pairs(warp, address // SECTOR)[0])
-        owner, _ = _unique_pairs(warp, address)
-        if len(owner):
-            access.ideal += int((-(-np.bincount(owner) * size // SECTOR)).sum())
+        table = np.full(total, -1, np.int64)
+        table[lanes] = address
+        distinct, addresses = _distinct(table.reshape(-1, WARP))
+        each = distinct.sum(1)
+        access.requests += int(np.count_nonzero(each))
+        access.ideal += int((-(-each * size // SECTOR)).sum())
+        access.transactions += int(_distinct(np.where(addresses < 0, -1, addresses // SECTOR))[0].sum())
 
-    def shared_access(
-        self, ins: Instruction, address: NDArray, lanes: object, size: int, total: int, rows: bool = False
-    ) -> None:
-        """One execution; 4, 8 and 16-byte accesses go in phases of 32, 16 and 8 lanes, `rows` of 16 bytes by
-        eights.
+    def shared_access(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, total: int) -> None:
+        """One execution. Accesses of 4, 8 and 16 bytes go in phases of 32, 16 and 8 lanes, as rows of ldmatrix do.
+
+        A phase asks for 32 words at most, so that its ideal is one wavefront.
         """
-        lane = np.arange(total)[lanes][: len(address)]
         access = self._access("shared", ins)
-        access.requests += len(np.unique(lane // 32))
         access.bytes += len(address) * size
-        phase = lane // (8 if rows else min(32, 128 // max(size, 4)))
         words = max(size // 4, 1)
-        word = ((address // 4)[:, None] + np.arange(words)).ravel()
-        owner, word = _unique_pairs(np.repeat(phase, words), word)
-        if len(owner):
-            owner -= owner.min()
-            conflicts = np.bincount(owner * BANKS + word % BANKS, minlength=(int(owner.max()) + 1) * BANKS)
-            access.transactions += int(conflicts.reshape(-1, BANKS).max(1).sum())
-            access.ideal += int((-(-np.bincount(owner) // BANKS)).sum())
+        table = np.full((total, words), -1, np.int64)
+        table[lanes] = (address // 4)[:, None] + np.arange(words)
+        busy = table[:, 0].reshape(-1, WARP) >= 0
+        access.requests += int(np.count_nonzero(busy.any(1)))
+        distinct, word = _distinct(table.reshape(-1, BANKS))
+        phase, _ = np.nonzero(distinct)
+        load = np.bincount(phase * BANKS + word[distinct] % BANKS, minlength=len(word) * BANKS)
+        worst = load.reshape(-1, BANKS).max(1)
+        access.transactions += int(worst.sum())
+        access.ideal += int(np.count_nonzero(worst))
 
 
-def _unique_pairs(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
-    if len(a) == 0:
-        return a, b
-    low = int(b.min())
-    span = int(b.max()) - low + 1
-    key = np.unique(a * span + (b - low))
-    return key // span, key % span + low
+def _distinct(table: NDArray) -> tuple[NDArray[np.bool_], NDArray]:
+    """Rows sorted, and where each value of a row occurs first; -1 is none."""
+    ordered = np.sort(table, axis=1)
+    distinct = ordered >= 0
+    distinct[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return distinct, ordered

@@ -140,7 +140,7 @@ def test_async_copy_must_be_waited_for() -> None:
     own = "ld.shared.u32 %r6, [%r3];"
     found = finding(f"{COPY} {own} cp.async.wait_group 0;", [source], declarations=ROOM)
     assert found.kind == "cp.async"
-    assert "before the cp.async of thread 0 into it was waited for" in found.message
+    assert "before the cp.async into it, of thread 0, was waited for" in found.message
     assert "never waited for" in finding(COPY, [source], declarations=ROOM).message
     run(f"{COPY} cp.async.wait_group 0; {own} {store}", [source, out], declarations=ROOM)
     assert np.array_equal(out, source)

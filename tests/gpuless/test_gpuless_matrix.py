@@ -280,8 +280,8 @@ def product_kernel(
 
 
 DOTS = [
-    ("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"),
-    ("int8", "ieee"), ("float8_e5m2", "ieee"),
+    ("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"),
+    ("float32", "tf32x3"), ("int8", "ieee"), ("float8_e5m2", "ieee"),
 ]  # fmt: skip
 DOTS_BY_ARCH = [
     *((arch, dtype, how, False) for arch in (80, 90) for dtype, how in DOTS),

@@ -22,7 +22,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: pk.nn.IA3Linear.from_linear(nn.Linear(128, 48), feedforward=True),
         "epilogue_kernel",
     ),
-    "bottleneck": (lambda: pk.nn.BottleneckAdapter.houlsby(128), "bottleneck"),
+    "bottleneck": (lambda: pk.nn.BottleneckAdapter.houlsby(128), "narrow_kernel"),
     "dropout": (lambda: pk.nn.PhiloxDropout(0.3), "dropout"),
 }
 

@@ -330,6 +330,15 @@ def token_product_kernel(
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     columns, units = tile * BC + tl.arange(0, BC), chunk * BR + tl.arange(0, BR)
     total, column_sums = tl.zeros((BC, BR), tl.float32), tl.zeros((BC,), tl.float32)
+    # A 16-bit x that goes into the product as it is must not be read into registers too: Triton 3.9 then refills
+    # its buffer while wgmma still reads it (found by the emulator). Tensor cores sum its columns, 16 times over.
+    DIRECT: tl.constexpr = (
+        gate_ptr is None
+        and seed_ptr is None
+        and p_ptr is not None
+        and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
+    direct_sums = tl.zeros((BC, 16), tl.float32)
     for t in range(split * share, tl.minimum(M, (split + 1) * share), BT):
         rows = t + tl.arange(0, BT)
         x = load_tile(x_ptr, rows, x_stride, columns, M, C)
@@ -337,11 +346,15 @@ def token_product_kernel(
             x = dropped(x.to(tl.float32), rows, tile * BC, C, seed_ptr, threshold, keep_scale, GROUPED, True)
         if gate_ptr is not None:
             x *= tl.load(gate_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        if column_sums_ptr is not None:
+        if column_sums_ptr is not None and not DIRECT:
             column_sums += tl.sum(x.to(tl.float32), 0)
         if p_ptr is not None:
             p = load_tile(p_ptr, rows, r, units, M, r)
             total = tl.dot(tl.trans(x.to(p.dtype)), p, total, input_precision=PRECISION)
+            if column_sums_ptr is not None and DIRECT:
+                direct_sums = tl.dot(tl.trans(x), tl.full((BT, 16), 1.0, x.dtype), direct_sums)
+    if DIRECT:
+        column_sums = tl.sum(direct_sums, 1) * 0.0625
     if p_ptr is not None:
         offsets = columns.to(tl.int64)[:, None] * column_stride + units.to(tl.int64)[None, :] * unit_stride
         mask = (columns < C)[:, None] & (units < r)[None, :]

@@ -119,8 +119,8 @@ def _scaled_sum(weight, update, scaling):
     """weight + scaling * update; scaling in two fp32 numbers, as its rounding would not average out."""
     high = scaling.to(tl.float32)
     low = (scaling - high.to(tl.float64)).to(tl.float32)
-    value = tl.fma(tl.broadcast_to(low, update.shape), update, weight)
-    return tl.fma(tl.broadcast_to(high, update.shape), update, value)
+    value = tl.fma(tl.broadcast_to(high, update.shape), update, weight)
+    return tl.fma(tl.broadcast_to(low, update.shape), update, value)
 
 
 @triton.jit

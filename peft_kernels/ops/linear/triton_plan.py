@@ -84,7 +84,6 @@ _WGMMA_FORWARD = Tile(64, 128, 64, stages=3)  # in place of the last: operands c
 # are fast beside the decoder.
 _MATMUL_TOKENS: dict[int | str, int] = {80: 128, 86: 128, 89: 128, 90: 64, 100: 32, 103: 32, 120: 128}
 _MATMUL_TOKENS_DEFAULT = 64
-_TCGEN05 = (100, 103)
 
 
 def forward_plan(product: Product, gpu: GPU) -> Plan:
@@ -116,8 +115,7 @@ def part(summed: int, splits: int, step: int) -> int:
 
 def grad_tile(gpu: GPU) -> Tile:
     """Tile of the sums over the gradient."""
-    # With 64 rows Triton takes tcgen05 where there is one, which no emulator of ours has proven.
-    return Tile(32, 32, 64) if gpu.arch in _TCGEN05 else Tile(64, 64, 64)
+    return Tile(gpu.tile_rows, gpu.tile_rows, 64)
 
 
 def rank_tile(rank: int) -> int:

@@ -119,7 +119,7 @@ def _larger(a, b):
 
 @triton.jit
 def _quantize_kernel(
-    weight_ptr, packed_ptr, absmax_ptr, n, BLOCKSIZE: tl.constexpr, TILE: tl.constexpr
+    weight_ptr, packed_ptr, absmax_ptr, n, packed_size, BLOCKSIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     blocks: tl.constexpr = TILE // BLOCKSIZE
     first = tl.program_id(0).to(tl.int64) * TILE
@@ -143,18 +143,18 @@ def _quantize_kernel(
         index += (~(scaled <= _MIDPOINTS[i])).to(tl.int32)  # NaN takes the highest
     high, low = tl.split(tl.reshape(index, (TILE // 2, 2)))
     byte = first // 2 + tl.arange(0, TILE // 2)
-    tl.store(packed_ptr + byte, (high << 4 | low).to(tl.uint8), mask=byte < (n + 1) // 2)
+    tl.store(packed_ptr + byte, (high << 4 | low).to(tl.uint8), mask=byte < packed_size)
 
 
 @triton.jit
 def _dequantize_kernel(
-    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, out_ptr, n,
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, out_ptr, n, packed_size,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = TILE // BLOCKSIZE
     first = tl.program_id(0).to(tl.int64) * TILE
     byte = first // 2 + tl.arange(0, TILE // 2)
-    packed = tl.load(packed_ptr + byte, mask=byte < (n + 1) // 2, other=0)
+    packed = tl.load(packed_ptr + byte, mask=byte < packed_size, other=0)
     high, low = decode(packed, code_table(SHUFFLE), SHUFFLE)
     code = tl.reshape(tl.join(high, low), (blocks, BLOCKSIZE))
     block = first // BLOCKSIZE + tl.arange(0, blocks)
@@ -185,6 +185,7 @@ def nf4_quantize(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, to
             packed,
             absmax,
             n,
+            packed.numel(),
             BLOCKSIZE=blocksize,
             TILE=TILE,
             num_warps=_WARPS,
@@ -202,8 +203,8 @@ def nf4_dequantize(*args: Any) -> torch.Tensor:
     out = base.weight.new_empty(shape, dtype=dtype)
     if n:
         _dequantize_kernel[(triton.cdiv(n, TILE),)](
-            *base[:5], out, n, BLOCKSIZE=base.blocksize, NESTED=nested_blocksize(base), TILE=TILE,
-            SHUFFLE=has_shuffle(), num_warps=_WARPS, enable_fp_fusion=False,
+            *base[:5], out, n, base.weight.numel(), BLOCKSIZE=base.blocksize, NESTED=nested_blocksize(base),
+            TILE=TILE, SHUFFLE=has_shuffle(), num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

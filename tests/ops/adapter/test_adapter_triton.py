@@ -67,6 +67,35 @@ def test_every_activation(gpu_80: EmulatedGPU, activation: str) -> None:
     check(make_problem(9, 20, 5, 18, activation=activation, parts=("down_bias",)))
 
 
+def test_loops_longer_than_the_pipeline(gpu: EmulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers are used again; without gate and dropout, so that tiles go into products as they are."""
+    choose("fused", monkeypatch)
+    check(make_problem(270, 272, 16, dtype=BFLOAT16, parts=("up_bias", "scale"), residual_is_hidden=True))
+
+
+@pytest.mark.gpuless_full
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("r", [48, 160])
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def test_long_loops(
+    gpu: EmulatedGPU,
+    monkeypatch: pytest.MonkeyPatch,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    r: int,
+    dropout_p: float,
+    gate: bool,
+) -> None:
+    choose("fused", monkeypatch)
+    parts = ("down_bias", "up_bias", "scale", *(["gate"] if gate else []))
+    check(
+        make_problem(
+            280, 200, r, dtype=dtypes[0], parameter_dtype=dtypes[1], parts=parts, dropout_p=dropout_p,
+            activation="silu", residual_is_hidden=True,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.gpuless_full
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

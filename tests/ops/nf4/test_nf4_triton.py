@@ -15,6 +15,7 @@ from nf4_tensors import DTYPES, adversarial, assert_same_bits, decision_points, 
 import gpuless
 import peft_kernels as pk
 from gpuless.driver import EmulatedGPU
+from gpuless.static import budget
 from peft_kernels.ops.nf4 import triton as kernels
 from peft_kernels.ops.nf4.reference import NF4_CODE
 from peft_kernels.ops.nf4.schema import BLOCKSIZES
@@ -185,6 +186,22 @@ def test_parts_that_are_not_contiguous(gpu: EmulatedGPU) -> None:
     ]
     found = OPS.nf4_dequantize.triton(*spread, w.shape, torch.float32)
     assert_same_bits(found, OPS.nf4_dequantize.reference(*spread, w.shape, torch.float32))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bytes_and_wavefronts_are_the_fewest(arch: int) -> None:
+    """Every byte moves once, 16 at a time; nothing is kept in local memory."""
+    weight = torch.randn(2 * TILE).bfloat16()
+    with gpuless.device(arch, counts=True) as gpu, pk.use_backend("triton"):
+        w = pk.functional.nf4_quantize(weight)
+        w.dequantize()
+    for launch in gpu.launches:
+        moved = sum((*launch.result.bytes_read.values(), *launch.result.bytes_written.values()))
+        assert moved == weight.nbytes + w.packed.nbytes + w.absmax.nbytes
+        assert all(access.excess <= 1.1 for access in launch.result.accesses)
+        found = budget(launch)
+        assert found.in_registers
+        assert found.occupancy.ctas >= 2
 
 
 def test_nothing_is_launched_for_nothing(gpu: EmulatedGPU) -> None:
