@@ -212,7 +212,7 @@ def amdgcn_budget(assembly: str, arch: str, *, threads: int, dynamic_shared: int
         threads=threads,
         registers=registers,
         scalar_registers=int(facts["sgpr_count"]),
-        spill_bytes=4 * (int(facts["vgpr_spill_count"]) + int(facts["sgpr_spill_count"])),
+        spill_bytes=4 * int(facts["vgpr_spill_count"]),  # scalar registers go to lanes of vector registers
         stack_bytes=int(facts["private_segment_fixed_size"]),
         local_instructions=sum(each.opcode.startswith("scratch_") for each in code),
         shared_bytes=shared,

@@ -13,7 +13,7 @@ import triton.language as tl
 import gpuless
 from gpuless import sass
 from gpuless.occupancy import MULTIPROCESSORS, REGISTERS, amd_occupancy, occupancy
-from gpuless.static import TARGETS, budget, compiled_for, cubin_budget, ptx_budget
+from gpuless.static import TARGETS, amdgcn_budget, budget, compiled_for, cubin_budget, ptx_budget
 
 NVIDIA = tuple(target for target in TARGETS if isinstance(target, int))
 AMD = tuple(target for target in TARGETS if isinstance(target, str))
@@ -296,6 +296,20 @@ def test_a_wait_out_of_line_belongs_to_the_loop_that_it_returns_to():
 
 def test_code_without_a_loop():
     assert sass.hot_loop(instructions("MOV", "BRA>3", "FADD", "EXIT!", "BRA>4!")) is None
+
+
+def test_amd_spills_of_vector_registers_go_to_memory():
+    assembly = launched("gfx942").ptx
+    none, scalar, vector = (
+        amdgcn_budget(
+            assembly.replace(f".{kind}_spill_count: 0", f".{kind}_spill_count: 3"), "gfx942", threads=256
+        )
+        for kind in ("no", "sgpr", "vgpr")
+    )
+    assert none.in_registers
+    assert none == scalar
+    assert vector.spill_bytes == 12
+    assert not vector.in_registers
 
 
 @pytest.mark.parametrize("arch", AMD)
