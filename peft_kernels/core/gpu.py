@@ -31,7 +31,7 @@ class GPU:
     def tile_rows(self) -> int:
         """Rows that a tile of a product may have.
 
-        With 64 Triton takes tcgen05 on a B200 and B300, which no emulator of ours has proven, and on AMD's GPUs
+        With 64 Triton takes tcgen05 on a B200 and B300, which our emulator does not have, and on AMD's GPUs
         products in fp32, which have no TF32 there, spill.
         """
         return 32 if self.arch in (100, 103) or self.backend == "hip" else 64

@@ -31,12 +31,12 @@ void norm_tile(const float* w, int64_t ldw, const float* b, int64_t rank, const 
   const Vec high = broadcast(scaling.high), low = broadcast(scaling.low);
   for (int i = 0; i < kRows; ++i, w += ldw, squares += kLanes) {
     Vec v0 = load(w), v1 = load(w + kLanes);
-    if (scaling.low != 0.0f) {
+    v0 = fmadd(high, left[i], v0);
+    v1 = fmadd(high, right[i], v1);
+    if (scaling.low != 0.0f) {  // after the high part has taken most of w away: to w itself it would be lost
       v0 = fmadd(low, left[i], v0);
       v1 = fmadd(low, right[i], v1);
     }
-    v0 = fmadd(high, left[i], v0);
-    v1 = fmadd(high, right[i], v1);
     store(squares, fmadd(v1, v1, fmadd(v0, v0, load(squares))));
   }
 }

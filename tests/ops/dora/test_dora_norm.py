@@ -88,6 +88,14 @@ def test_rows_around_the_point_from_which_float64_is_used(backend: str, k: int, 
     assert error(pk.functional.dora_norm(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
 
 
+def test_scaling_is_not_rounded_to_fp32(backend: str) -> None:
+    """What is left of the update is a hundredth; no element is so small that fp64 would be asked for."""
+    k, scaling = 4096, 1 / 3
+    a, b = torch.randn(1, k).sign(), torch.tensor([[1.0], [1.7], [1.3], [0.9]])
+    weight = (-0.99 * scaling * b.double() @ a.double()).float()
+    assert error(pk.functional.dora_norm(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
+
+
 def test_low_rank_parts_that_cancel_each_other(backend: str) -> None:
     """B A is small, its two terms are a million times as large."""
     k, n = 512, 40
