@@ -6,7 +6,7 @@ import torch
 import triton
 
 from peft_kernels.core.checks import check_dtype
-from peft_kernels.core.gpu import gpu
+from peft_kernels.core.gpu import gpu, launch_options
 from peft_kernels.core.triton_reduce import sum_partials
 from peft_kernels.ops.adapter import triton_kernels as kernels
 from peft_kernels.ops.adapter.schema import (
@@ -19,9 +19,6 @@ from peft_kernels.ops.adapter.schema import (
 from peft_kernels.ops.adapter.triton_plan import Plan, make_plan, padded, share
 from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_threshold
 
-# No contraction: x y + (the same of another lane), fused, differs in its last bit from lane to lane, and so
-# would the copies of a sum that several lanes hold.
-_OPTIONS = {"enable_fp_fusion": False}
 _COLUMNS, _UNITS = 16, 64  # of a tile of up_gradient_kernel
 _CAST_ROWS = 1024  # from which on weights of another dtype are rounded before the kernels
 
@@ -46,8 +43,8 @@ def bottleneck_adapter(
             a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), a.gate, *_dropout(a),
             residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
             ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
-            BN=plan.fused_block_n, BR=padded(r), num_stages=plan.stages,
-            PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
+            BN=plan.fused_block_n, BR=padded(r),
+            PRECISION=plan.precision, **launch_options(plan.warps, plan.stages),
         )  # fmt: skip
     elif m:
         assert down is not None
@@ -122,7 +119,7 @@ def _up_gradients(
     dscale = _sums(grad, n) if b.need_scale else None
     kernels.up_gradient_kernel[(triton.cdiv(n, _COLUMNS),)](
         sums, column_sums, splits, weight, weight.stride(0), a.up_bias, *_scale(a), dweight, dbias, dscale,
-        r, n, BN=_COLUMNS, BR=_UNITS, num_warps=4, **_OPTIONS,
+        r, n, BN=_COLUMNS, BR=_UNITS, **launch_options(4),
     )  # fmt: skip
     if dscale is not None and scale is not None:
         # One number is a sum over the columns, [N] a sum of one part.
@@ -155,15 +152,14 @@ def _narrow(
         a.up_weight, a.up_weight.stride(0), a.up_bias, *_scale(a), *_dropout(a), *finishing, sums, bias_sums,
         m, d, r, n, share(d, plan.splits, plan.block_k), share(n, plan.splits, plan.block_k), chunks,
         ACTIVATION=a.activation, SPLIT=split, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
-        BR=plan.block_r, num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps,
-        **_OPTIONS,
+        BR=plan.block_r, PRECISION=plan.precision, **launch_options(plan.warps, plan.stages),
     )  # fmt: skip
     if split:
         block_m, block_r = plan.finish
         chunks = triton.cdiv(r, block_r)
         kernels.finish_kernel[(triton.cdiv(m, block_m) * chunks,)](
             sums, bias_sums, plan.splits, *finishing, m, r, chunks, ACTIVATION=a.activation,
-            PRODUCTS=1 if grad is None else 2, BM=block_m, BR=block_r, num_warps=1, **_OPTIONS,
+            PRODUCTS=1 if grad is None else 2, BM=block_m, BR=block_r, **launch_options(1),
         )  # fmt: skip
 
 
@@ -185,7 +181,7 @@ def _widen(
         down, weight, weight.stride(1), weight.stride(0), bias, *scale, gate, *dropout,
         residual, _stride(residual), out, up, m, r, n,
         GROUPED=n % 4 == 0, BM=plan.block_m, BK=min(plan.block_k, plan.block_r), BN=plan.block_n,
-        num_stages=plan.stages, PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
+        PRECISION=plan.precision, **launch_options(plan.warps, plan.stages),
     )  # fmt: skip
 
 
@@ -208,8 +204,8 @@ def _token_product(
     kernels.token_product_kernel[(triton.cdiv(columns, plan.block_c) * chunks, splits)](
         x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
         share(m, splits, plan.block_k), chunks,
-        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_c, BR=plan.block_r, num_stages=plan.stages,
-        PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
+        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_c, BR=plan.block_r,
+        PRECISION=plan.precision, **launch_options(plan.warps, plan.stages),
     )  # fmt: skip
 
 
