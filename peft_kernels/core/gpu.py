@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+REGISTERS = 65536  # of a multiprocessor, for NVIDIA's GPUs of these architectures
 OLDEST_ARCH = 80  # tensor cores that take bf16 and TF32
 
 
@@ -30,9 +31,10 @@ class GPU:
     def tile_rows(self) -> int:
         """Rows that a tile of a product may have.
 
-        With 64 Triton takes tcgen05 on a B200 and B300, which no emulator of ours has proven.
+        With 64 Triton takes tcgen05 on a B200 and B300, which no emulator of ours has proven, and on AMD's GPUs
+        products in fp32, which have no TF32 there, spill.
         """
-        return 32 if self.arch in (100, 103) else 64
+        return 32 if self.arch in (100, 103) or self.backend == "hip" else 64
 
 
 def gpu() -> GPU:
@@ -43,6 +45,14 @@ def gpu() -> GPU:
     """
     driver = _driver()
     return _describe(driver, driver.get_current_device())
+
+
+def launch_options(warps: int, stages: int = 1) -> dict[str, Any]:
+    """Options of a Triton launch: every rounding is in the code, two CTAs fit on a multiprocessor."""
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if gpu().backend == "cuda":  # left to itself, ptxas aims at one more CTA and spills for it
+        options["maxnreg"] = min(255, REGISTERS // (2 * 32 * warps))
+    return options
 
 
 def why_no_gpu() -> str | None:

@@ -61,8 +61,6 @@ def bind(m: Machine, ins: Instruction) -> tuple[Closure, bool]:
 
 
 def _guarded(m: Machine, ins: Instruction, closure: Closure) -> Closure:
-    from gpuless.machine import Active
-
     row = m.rows["pred"][m.program.registers[ins.guard][1]]
     narrow = np.greater if ins.negated else np.logical_and  # mask > p is mask and not p
 
@@ -73,7 +71,7 @@ def _guarded(m: Machine, ins: Instruction, closure: Closure) -> Closure:
         if count == active.count:
             closure()
         elif count:
-            m.active, m.where = Active(mask, count, mask), mask
+            m.active, m.where = active.narrow(mask, count), mask
             closure()
             m.active, m.where = active, active.where
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.instructions_float import narrow, widen
+from gpuless.memory import LOCAL_WINDOW, SHARED_WINDOW
 from gpuless.operands import (
     Closure,
     assign,
@@ -68,8 +69,6 @@ def _move(m: Machine, ins: Instruction) -> Closure:
 
 @instruction("cvta")
 def _convert_address(m: Machine, ins: Instruction) -> Closure:
-    from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
-
     kind = f"u{type_bits(ins.types[-1])}"
     space = next(
         x.split("::")[0] for x in ins.modifiers if x.split("::")[0] in ("global", "shared", "local", "const")
@@ -83,8 +82,6 @@ def _convert_address(m: Machine, ins: Instruction) -> Closure:
 
 @instruction("isspacep")
 def _is_space(m: Machine, ins: Instruction) -> Closure:
-    from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
-
     limits = {
         "local": (LOCAL_WINDOW, 1 << 63),
         "shared": (SHARED_WINDOW, LOCAL_WINDOW),

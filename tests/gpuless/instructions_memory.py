@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.instructions_float import narrow, widen
-from gpuless.memory import access_bytes, everyone, space_of
+from gpuless.memory import LOCAL_WINDOW, SHARED_WINDOW, access_bytes, everyone, space_of
 from gpuless.operands import (
     PACKED,
     Closure,
@@ -81,8 +81,6 @@ def _loader(m: Machine, ins: Instruction, space: str, size: int, item: int) -> L
 
 def by_space(m: Machine, address: NDArray, lanes: object) -> list[tuple[str, NDArray, object, object]]:
     """Generic addresses as (state space, address in it, lanes, index of these among the given)."""
-    from gpuless.machine import LOCAL_WINDOW, SHARED_WINDOW
-
     windows = (
         ("global", 0, SHARED_WINDOW),
         ("shared", SHARED_WINDOW, LOCAL_WINDOW),

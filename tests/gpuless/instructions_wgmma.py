@@ -58,7 +58,10 @@ class _Flight:
     """A wgmma on its way."""
 
     registers: frozenset[str]
-    finish: Callable[[], None]
+    lanes: NDArray[np.intp]
+    mask: NDArray[np.bool_]  # of those who have not waited yet
+    groups: NDArray[np.intp]  # warpgroups
+    finish: Callable[[NDArray[np.intp] | slice], None]  # for some of the groups, by their place among them
     pinned: list[
         tuple[NDArray, NDArray]
     ]  # (granules of shared memory that it reads, first lane of their CTAs)
@@ -138,12 +141,19 @@ def _warpgroup(m: Machine, ins: Instruction) -> Closure:
         leave = constant(ins, ins.operands[0])
 
         def wait() -> None:
-            for (flight, _), chosen in flights.wait(m.active.mask, leave):
-                if chosen is not None:
-                    raise unsupported(ins, "warpgroups that wait at different times")
-                flight.finish()
+            for flight, chosen in flights.wait(m.active.mask, leave):
+                waited = flight.mask.copy()
+                if chosen is not None:  # CTAs of a chunk may be at different places
+                    waited.fill(False)
+                    waited[flight.lanes[chosen]] = True
+                flight.mask &= ~waited
+                whole = waited.reshape(-1, GROUP)[flight.groups]
+                if (whole.any(1) & ~whole.all(1)).any():
+                    raise unsupported(ins, "warps of a warpgroup that wait at different times")
+                flight.finish(np.flatnonzero(whole.all(1)))
                 for granule, lane in flight.pinned:
-                    m.shared.finish_matrix_read(granule, lane)
+                    here = waited[lane]
+                    m.shared.finish_matrix_read(granule[here], lane[here])
 
         return wait
     if not ins.has("mma_async") or ins.has("sp"):
@@ -205,27 +215,26 @@ def _multiply(m: Machine, ins: Instruction) -> Closure:
             index_a = a.locate(groups)
             pinned.append(a.check(index_a))
 
-        def finish() -> None:
-            left = matrix_a if in_registers else a.values(index_a)
-            product = sign * (left @ b.values(index_b).transpose(0, 2, 1))
+        def finish(some: NDArray[np.intp] | slice) -> None:
+            left = matrix_a[some] if in_registers else a.values(index_a[some])
+            product = sign * (left @ b.values(index_b[some]).transpose(0, 2, 1))
+            done = groups[some]
             # group, warp, row half, row, block of 8 columns, lane % 4, column -> block, half, column, lane
-            tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
+            tiles = product.reshape(len(done), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
             if to == "f16":
-                tiles = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2).transpose(
-                    4, 2, 0, 1, 3, 5, 6
-                )
+                tiles = product.reshape(len(done), 4, 2, 8, columns // 8, 4, 2).transpose(4, 2, 0, 1, 3, 5, 6)
             per = 2 if to == "f16" else 1
-            flat = tiles.reshape(len(accumulators), len(groups), GROUP * per)
+            flat = tiles.reshape(len(accumulators), len(done), GROUP * per)
             for row, values in zip(accumulators, flat, strict=True):
                 before = row.reshape(-1, GROUP * per)
-                kept = np.repeat(keeps.reshape(-1, GROUP)[groups], per, axis=1)
-                total = values + np.where(kept, before[groups], scalar(0))
-                before[groups] = (
+                kept = np.repeat(keeps.reshape(-1, GROUP)[done], per, axis=1)
+                total = values + np.where(kept, before[done], scalar(0))
+                before[done] = (
                     total.astype(np.int64).astype(np.int32) if to == "s32" else total.astype(scalar)
                 )
 
         lanes = np.flatnonzero(mask)
-        m.flights.issue((_Flight(frozenset(names), finish, pinned), mask), lanes, ins)
+        m.flights.issue(_Flight(frozenset(names), lanes, mask, groups, finish, pinned), lanes, ins)
 
     return issue
 
@@ -244,10 +253,9 @@ def watch_registers(m: Machine, ins: Instruction, closure: Closure, registers: f
     def watched() -> int | None:
         m.loose_registers |= written
         for work in m.flights.work:
-            flight, mask = work.payload
-            both = flight.registers & touched
+            both = work.payload.registers & touched
             if both:
-                lanes = np.flatnonzero(mask & m.active.mask)
+                lanes = np.flatnonzero(work.payload.mask & m.active.mask)
                 if len(lanes):
                     m.report(
                         "wgmma", ins, lanes,

@@ -249,7 +249,7 @@ def _segments(blocks: list[tuple[_Block, bool]]) -> list[Segment]:
             at = b.address - base
             covered[at : at + b.bytes] |= True if b.elements is None else b.elements
             arguments.append(Argument(b.name, b.parameter, at, b.bytes))
-        valid = None if covered.all() else covered
+        valid = None if covered.all() else np.concatenate([[0], np.cumsum(covered)]).astype(np.int32)
         segments.append(Segment(base, data, arguments, any(w for _, w in group), valid))
     return segments
 

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.asynchronous import CommitGroups
-from gpuless.memory import LocalMemory
+from gpuless.instructions import bind
+from gpuless.instructions_wgmma import matrix_registers
+from gpuless.memory import LOCAL_BASE, SHARED_BASE, LocalMemory
 from gpuless.memory_global import GlobalMemory
 from gpuless.memory_shared import SharedMemory
 from gpuless.parser import Instruction, Program
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
     from gpuless.parser import Symbol
 
 WARP = 32
-SHARED_BASE = 1024  # first address of the shared window: an access through a null pointer must not hit
-LOCAL_BASE = 1024
-SHARED_WINDOW = 1 << 56  # generic addresses (cvta): no user space address of x86-64 or AArch64 reaches this
-LOCAL_WINDOW = 1 << 57
 MAX_FINDINGS = 20
 MAX_BRANCHES = 1_000_000  # of one chunk of CTAs: minutes
 
@@ -54,6 +52,10 @@ class Active:
         self.everyone = count == len(mask)
         self.warps = -1  # counted when asked for
         self._lanes: NDArray[np.intp] | None = None
+
+    def narrow(self, mask: NDArray[np.bool_], count: int) -> Active:
+        """Some of these lanes only."""
+        return Active(mask, count, mask)
 
     @property
     def lanes(self) -> NDArray[np.intp] | slice:
@@ -101,9 +103,6 @@ class Machine:
         self.live = self.exists.copy()
         self.active = Active(self.live, 0, True)
         self.where: NDArray[np.bool_] | bool = True
-
-        from gpuless.instructions import bind
-        from gpuless.instructions_wgmma import matrix_registers
 
         self.matrix_registers = matrix_registers(program)
         self.loose_registers: set[str] = set()  # of those, written since the last wgmma.fence

@@ -16,6 +16,11 @@ from gpuless.parser import Instruction, Program, type_bits
 if TYPE_CHECKING:
     from gpuless.machine import Machine
 
+SHARED_BASE = 1024  # first address of the shared window: an access through a null pointer must not hit
+LOCAL_BASE = 1024
+SHARED_WINDOW = 1 << 56  # generic addresses (cvta): no user space address of x86-64 or AArch64 reaches this
+LOCAL_WINDOW = 1 << 57
+
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Lanes = Any  # NDArray[np.intp], or slice(None) for all lanes
 

@@ -40,7 +40,7 @@ class Segment:
     data: NDArray[np.uint8]
     arguments: list[Argument]
     may_be_written: bool
-    valid: NDArray[np.bool_] | None = None  # bytes that belong to an argument; None: all
+    valid: NDArray[np.int32] | None = None  # how many of the bytes before belong to an argument; None: all
     writer: NDArray[np.int32] | None = None
     reader: NDArray[np.int32] | None = None
     read_map: NDArray[np.bool_] | None = None
@@ -128,7 +128,7 @@ class GlobalMemory:
             m.report("global out of bounds", ins, everyone(lanes, m.lanes), message)
             return []
         if segment.valid is not None and len(byte):
-            good = segment.valid[byte] & segment.valid[byte + (size - 1)]
+            good = segment.valid[byte + size] - segment.valid[byte] == size
             if np.count_nonzero(good) < len(good):
                 where = segment.name(int(byte[~good][0]))
                 byte, lanes = drop(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuless.memory import LOCAL_BASE
 from gpuless.parser import Instruction, ParseError, split_address, split_vector, type_bits
 from gpuless.report import Unsupported
 
@@ -96,8 +97,6 @@ def is_register(m: Machine, operand: str) -> bool:
 
 def symbol_address(m: Machine, name: str) -> int | None:
     """Address of a variable in its own state space; None for other names."""
-    from gpuless.machine import LOCAL_BASE
-
     symbol = m.program.symbols.get(name)
     if symbol is None:
         return None

@@ -7,8 +7,10 @@ read; functions that it calls are not.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -70,9 +72,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A variable: ``offset`` counts from the start of its space (shared and local) and is 0 for global and
-    const.
-    """
+    """A variable. ``offset`` counts from the start of its space; -1 for dynamic shared memory."""
 
     name: str
     space: str
@@ -98,7 +98,6 @@ class Program:
     local_bytes: int  # a thread's
     threads: tuple[int, int, int] | None  # .reqntid
     max_threads: int | None  # .maxntid
-    target: str
     variables: dict = field(default_factory=dict, repr=False)  # .global and .const: name -> bytes
 
 
@@ -134,10 +133,11 @@ def parse(ptx: str, name: str | None = None) -> Program:
     entry = chosen[0]
     end = _closing_brace(text, entry.end())
     parser = _Body(_files(text))
-    parser.declare_all(text[: entries[0].start()] if entries else "", "module")
+    parser.declare_all(text[: entries[0].start()])
     for previous, following in itertools.pairwise(entries):  # variables between entries
-        parser.declare_all(text[_closing_brace(text, previous.end()) : following.start()], "module")
+        parser.declare_all(text[_closing_brace(text, previous.end()) : following.start()])
     parser.read(text, entry.end(), end - 1)
+    symbols, sizes = _place(parser.variables, parser.instructions)
     threads = _directive(entry[3], "reqntid")
     maximum = _directive(entry[3], "maxntid")
     parameters = [_parameter(p) for p in entry[2].split(",") if p.strip()]
@@ -150,12 +150,11 @@ def parse(ptx: str, name: str | None = None) -> Program:
         slots={},
         parameters={name: size for name, size, _ in parameters},
         float_parameters=frozenset(name for name, _, is_float in parameters if is_float),
-        symbols=parser.symbols,
-        shared_bytes=parser.sizes["shared"],
-        local_bytes=parser.sizes["local"],
+        symbols=symbols,
+        shared_bytes=sizes["shared"],
+        local_bytes=sizes["local"],
         threads=threads,
         max_threads=maximum[0] * maximum[1] * maximum[2] if maximum else None,
-        target=(re.search(r"\.target\s+(\w+)", text) or [""])[1 if ".target" in text else 0],
     )
     _assign_slots(program, parser.widths)
     for symbol in program.symbols.values():
@@ -203,34 +202,26 @@ class _Body:
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.branch_tables: dict[str, list[str]] = {}
-        self.symbols: dict[str, Symbol] = {}
-        self.sizes = {"shared": 0, "local": 0}
+        self.variables: dict[str, tuple[str, int, int, bytes]] = {}  # name -> space, alignment, bytes, values
         self.widths: dict[str, int] = {}  # a register, or a family such as %r
         self.scopes: list[dict[str, str]] = [{}]  # name in the text -> unique name
+        self.scope_starts = [0]  # their first instructions
 
-    def declare_all(self, text: str, where: str) -> None:
-        depth = 0
-        for line in re.split(r"(?<=[;{}])", text):
-            depth += line.count("{") - line.count("}") if "=" not in line else 0
+    def declare_all(self, text: str) -> None:
+        """Note the variables of a piece of the module."""
         for match in _DECLARATION.finditer(text):
-            extern = re.search(r"\.extern\s*$", text[: match.start()]) is not None
-            self.declare(match, extern)
+            self.declare(match)
 
-    def declare(self, match: re.Match[str], extern: bool) -> None:
-        space, item = match["space"], type_bits(match["type"]) // 8
+    def declare(self, match: re.Match[str]) -> None:
+        """Note a variable; one without a size is the dynamic block of shared memory."""
+        item = type_bits(match["type"]) // 8
         counts = [int(n) for n in re.findall(r"\d+", match["array"])]
-        size = item * functools.reduce(lambda a, b: a * b, counts, 1) if counts or not match["array"] else 0
-        offset = 0
-        if space in self.sizes:
-            align = max(int(match["align"] or item), item)
-            offset = -(-self.sizes[space] // align) * align
-            if not (extern or size == 0):
-                self.sizes[space] = offset + size
+        size = item * math.prod(counts) if counts or not match["array"] else 0
         values = b""
         if match["values"]:
             values = b"".join(_constant(v.strip(), item) for v in match["values"].strip("{} \n").split(","))
-        dynamic = space == "shared" and (extern or size == 0)
-        self.symbols[match["name"]] = Symbol(match["name"], space, -1 if dynamic else offset, size, values)
+        align = max(int(match["align"] or 1), item)
+        self.variables[match["name"]] = (match["space"], align, size, values)
 
     def read(self, text: str, start: int, end: int) -> None:
         position, source = start, ""
@@ -249,6 +240,7 @@ class _Body:
                 source = f"{self.files.get(match[1], '?')}:{match[2]}"
             elif match[3]:
                 self.scopes.append({})
+                self.scope_starts.append(len(self.instructions))
             elif match[4]:
                 self._leave_scope()
             elif match[5]:
@@ -269,7 +261,7 @@ class _Body:
                 declaration = _DECLARATION.match(statement + ";")
                 if not declaration:
                     raise ParseError(f"line {line}: {statement}")
-                self.declare(declaration, extern=False)
+                self.declare(declaration)
             elif directive == ".branchtargets":
                 table = next(
                     name for name, at in reversed(self.labels.items()) if at == len(self.instructions)
@@ -327,16 +319,29 @@ class _Body:
     def _leave_scope(self) -> None:
         if len(self.scopes) == 1:
             raise ParseError("unbalanced braces")
-        scope = self.scopes.pop()
-        for name, unique in scope.items():  # branches to a label further down in the scope
-            if unique in self.labels:
-                for i, ins in enumerate(self.instructions):
-                    if (
-                        ins.opcode == "bra"
-                        and ins.operands == (name,)
-                        and i >= int(unique.split("@")[1]) - 64
-                    ):
-                        object.__setattr__(ins, "operands", (unique,))
+        scope, start = self.scopes.pop(), self.scope_starts.pop()
+        for i, ins in enumerate(self.instructions[start:], start):
+            if ins.opcode == "bra" and ins.operands[0] in scope:  # to a label further down in the scope
+                self.instructions[i] = dataclasses.replace(ins, operands=(scope[ins.operands[0]],))
+
+
+def _place(
+    variables: dict[str, tuple[str, int, int, bytes]], instructions: list[Instruction]
+) -> tuple[dict[str, Symbol], dict[str, int]]:
+    """Offsets of the variables that the instructions use, and the sizes of shared and local memory."""
+    used = {
+        name for ins in instructions for operand in ins.operands for name in re.findall(r"[$\w]+", operand)
+    }
+    symbols, sizes = {}, {"shared": 0, "local": 0}
+    for name, (space, align, size, values) in variables.items():
+        if name not in used:
+            continue
+        offset = 0
+        if space in sizes:
+            offset = -(-sizes[space] // align) * align if size else -1
+            sizes[space] = max(sizes[space], offset + size)
+        symbols[name] = Symbol(name, space, offset, size, values)
+    return symbols, sizes
 
 
 def _constant(text: str, size: int) -> bytes:

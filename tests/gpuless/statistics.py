@@ -88,7 +88,7 @@ class Counts:
         access.transactions += int(_distinct(np.where(addresses < 0, -1, addresses // SECTOR))[0].sum())
 
     def shared_access(self, ins: Instruction, address: NDArray, lanes: Lanes, size: int, total: int) -> None:
-        """One execution. Accesses of 4, 8 and 16 bytes go in phases of 32, 16 and 8 lanes, as rows of ldmatrix do.
+        """One execution. Accesses of 4, 8, 16 bytes go in phases of 32, 16, 8 lanes, as do rows of ldmatrix.
 
         A phase asks for 32 words at most, so that its ideal is one wavefront.
         """

@@ -55,11 +55,10 @@ def test_a_pointer_must_stay_in_its_own_argument() -> None:
 
 def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
     whole = np.zeros((128, 4), np.uint32)
-    found = finding(
-        "mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2; st.global.u32 [%rd1+4], %r90;",
-        [whole[:, :1]],
-    )
-    assert found.kind == "global out of bounds"
+    found = finding("setp.eq.u32 %p1, %r90, 0; @%p1 st.global.u32 [%rd50+4], %r90;", [whole[:, :1]])
+    assert (found.kind, "4 bytes at p0+4" in found.message) == ("global out of bounds", True)
+    apart = whole[:, ::3]  # the first and the last of a row: an access of the whole row has a gap inside
+    assert finding("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd50];", [apart]).kind == "global out of bounds"
     run("mul.wide.u32 %rd2, %r90, 16; add.u64 %rd1, %rd50, %rd2; st.global.u32 [%rd1], %r90;", [whole[:, :1]])
     assert np.array_equal(whole[:, 0], np.arange(128))
 
@@ -111,6 +110,18 @@ def test_shared_race_write_after_read() -> None:
         True,
         True,
     )
+    run(body.replace("BARRIER", "bar.sync 0;"), [buffer()], declarations=ROOM)
+
+
+@pytest.mark.parametrize("writer", [0, 1])
+def test_shared_race_of_a_reader_that_writes_and_another_reader(writer: int) -> None:
+    body = f"""
+  {SHARED} st.shared.u32 [%r3], %r90; bar.sync 0;
+  setp.lt.u32 %p1, %r90, 64; @%p1 ld.shared.u32 %r4, [%r1];
+  setp.eq.u32 %p2, %r90, {32 * writer}; BARRIER @%p2 st.shared.u32 [%r1], %r4;
+"""
+    found = finding(body.replace("BARRIER", ""), declarations=ROOM)
+    assert f"which warp {1 - writer} reads" in found.message
     run(body.replace("BARRIER", "bar.sync 0;"), [buffer()], declarations=ROOM)
 
 
@@ -187,6 +198,9 @@ def test_cross_cta_races() -> None:
     found = finding(one, grid=2)
     assert "read and write of p0+0" in found.message
     assert found.cta == (1, 0, 0)
+    for cta in (0, 1):  # both read; one of them writes
+        own = f"ld.global.u32 %r1, [%rd50]; setp.eq.u32 %p1, %r91, {cta}; @%p1 st.global.u32 [%rd50], %r1;"
+        assert "write and read of p0+0" in finding(own, grid=2).message
     later = "setp.eq.u32 %p1, %r91, 300; @!%p1 ld.global.u32 %r1, [%rd50]; @%p1 st.global.u32 [%rd50], 7;"
     found = finding(later, grid=301)  # the reader and the writer are not in the same chunk of CTAs
     assert (found.kind, found.cta) == ("cross-CTA race", (300, 0, 0))
@@ -265,6 +279,34 @@ DONE: bar.warp.sync 0xffffffff; {OUT} st.global.u32 [%rd1], %r2;
         return 0 if n == 1 else 1 + steps(n // 2 if n % 2 == 0 else 3 * n + 1)
 
     assert out.tolist() == [steps(n + 1) for n in range(128)]
+
+
+def test_scopes_and_branch_tables() -> None:
+    """Registers and labels of { } are its own; brx.idx takes each thread to its place."""
+    out = buffer()
+    block = """
+  { .reg .pred p; .reg .b32 t<3>;
+    setp.lt.u32 p, %r90, LIMIT; mov.u32 t1, 0; @p bra SKIP; mov.u32 t1, 1; SKIP: add.u32 %r1, %r1, t1; }
+"""
+    body = f"""
+  mov.u32 %r1, 0; {block.replace("LIMIT", "10")} {block.replace("LIMIT", "100")}
+  and.b32 %r2, %r90, 3; setp.eq.u32 %p1, %r2, 3; @%p1 bra END;
+TABLE: .branchtargets ONE, TWO, END;
+  brx.idx %r2, TABLE;
+ONE: add.u32 %r1, %r1, 10; bra END;
+TWO: add.u32 %r1, %r1, 20;
+END: {OUT} st.global.u32 [%rd1], %r1;
+"""
+    run(body, [out])
+    thread = np.arange(128)
+    expected = (thread >= 10).astype(int) + (thread >= 100) + np.array([10, 20, 0, 0])[thread & 3]
+    assert np.array_equal(out, expected)
+
+
+def test_reducing_barrier() -> None:
+    out = buffer()
+    run(f"setp.lt.u32 %p1, %r90, 37; bar.red.popc.u32 %r1, 0, %p1; {OUT} st.global.u32 [%rd1], %r1;", [out])
+    assert (out == 37).all()
 
 
 def test_what_is_not_emulated_is_refused_by_name() -> None:

@@ -309,3 +309,27 @@ def test_triton_dot(arch: int, dtype: str, how: str, transposed: bool) -> None:
         return
     unit = 2.0**-10 if how == "tf32" else 2.0**-20 if how == "tf32x3" else k * 2.0**-24
     assert ((c.double() - exact).abs() <= 2 * unit * (a.double().abs() @ b.double().abs().T)).all()
+
+
+@triton.jit
+def ragged_kernel(a_ptr, b_ptr, c_ptr, lengths_ptr, K, SIZE: tl.constexpr, BK: tl.constexpr):
+    i, k, cta = tl.arange(0, SIZE), tl.arange(0, BK), tl.program_id(0)
+    acc = tl.zeros((SIZE, SIZE), tl.float32)
+    for start in range(0, tl.load(lengths_ptr + cta), BK):
+        a = tl.load(a_ptr + i[:, None] * K + start + k[None, :])
+        b = tl.load(b_ptr + i[None, :] * K + (start + k)[:, None])
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + cta * SIZE * SIZE + i[:, None] * SIZE + i[None, :], acc)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_ctas_whose_loops_differ(arch: int) -> None:
+    """CTAs of one chunk leave a pipelined loop one by one, with copies and products under way."""
+    torch.manual_seed(0)
+    a, b, c = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16(), torch.empty(5, 64, 64)
+    lengths = torch.tensor([32, 256, 0, 128, 64], dtype=torch.int32)
+    with gpuless.device(arch):
+        ragged_kernel[(5,)](a, b, c, lengths, 256, 64, 32, num_stages=3, enable_fp_fusion=True)
+    for result, n in zip(c.double(), lengths.tolist(), strict=True):
+        x, y = a[:, :n].double(), b[:, :n].double()
+        assert ((result - x @ y.T).abs() <= (n + 2) * 2.0**-24 * (x.abs() @ y.abs().T)).all()

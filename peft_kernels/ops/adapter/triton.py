@@ -47,7 +47,7 @@ def bottleneck_adapter(
             residual, 0 if residual is None else residual.stride(0), out, down, up, m, d, r, n,
             ACTIVATION=a.activation, GROUPED=n % 4 == 0, BM=plan.block_m, BK=plan.block_k,
             BN=plan.fused_block_n, BR=padded(r), num_stages=plan.stages,
-            PRECISION=plan.precision, num_warps=plan.fused_warps, **_OPTIONS,
+            PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
         )  # fmt: skip
     elif m:
         assert down is not None
@@ -205,10 +205,10 @@ def _token_product(
     assert given is not None
     splits, chunks = given.shape[0], triton.cdiv(r, plan.block_r)
     strides = (0, 0) if sums is None else sums.stride()[1:]
-    kernels.token_product_kernel[(triton.cdiv(columns, plan.block_n) * chunks, splits)](
+    kernels.token_product_kernel[(triton.cdiv(columns, plan.block_c) * chunks, splits)](
         x, x.stride(0), gate, *dropout, p, sums, *strides, column_sums, m, columns, r,
         share(m, splits, plan.block_k), chunks,
-        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_n, BR=plan.block_r, num_stages=plan.stages,
+        GROUPED=columns % 4 == 0, BT=plan.block_k, BC=plan.block_c, BR=plan.block_r, num_stages=plan.stages,
         PRECISION=plan.precision, num_warps=plan.warps, **_OPTIONS,
     )  # fmt: skip
 

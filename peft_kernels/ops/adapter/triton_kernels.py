@@ -245,11 +245,13 @@ def write_up(
     seed_ptr, threshold, keep_scale, residual_ptr, residual_stride, out_ptr, up_ptr, M, N,
     GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """gate D(scale (up + b_u)) + residual, rounded once, for a tile of the up product."""
+    """gate D(scale up + scale b_u) + residual, rounded once, for a tile of the up product."""
     columns = first_column + tl.arange(0, up.shape[1])
+    factor = factor_of(scale_ptr, scale_stride, scaling, columns, N)[None, :]
+    up *= factor
     if up_bias_ptr is not None:
-        up += tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    up *= factor_of(scale_ptr, scale_stride, scaling, columns, N)[None, :]
+        # After the scale, else Triton makes it the product's first accumulator, copied behind wgmma's fence.
+        up += tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :] * factor
     if up_ptr is not None:
         store_tile(up_ptr, up, rows, N, columns, M, N)
     out = dropped(up, rows, first_column, N, seed_ptr, threshold, keep_scale, GROUPED, False)
@@ -330,8 +332,8 @@ def token_product_kernel(
     tile, chunk, split = tl.program_id(0) // chunks, tl.program_id(0) % chunks, tl.program_id(1)
     columns, units = tile * BC + tl.arange(0, BC), chunk * BR + tl.arange(0, BR)
     total, column_sums = tl.zeros((BC, BR), tl.float32), tl.zeros((BC,), tl.float32)
-    # A 16-bit x that goes into the product as it is must not be read into registers too: Triton 3.9 then refills
-    # its buffer while wgmma still reads it (found by the emulator). Tensor cores sum its columns, 16 times over.
+    # A 16-bit x that goes into the product as it is must not be read into registers too: Triton 3.9 refills
+    # its buffer while wgmma still reads it (the emulator found that). Tensor cores sum its columns, 16 times.
     DIRECT: tl.constexpr = (
         gate_ptr is None
         and seed_ptr is None

@@ -22,15 +22,15 @@ class Plan:
     Attributes:
         fused: the forward is one kernel; otherwise down goes through memory.
         block_m: tokens of a tile.
-        block_n: columns, of hidden or out, of a tile.
+        block_n: columns of a tile of out or dhidden.
         fused_block_n: the same in the fused kernel.
+        block_c: columns, of hidden or out, of a tile of a weight's gradient.
         block_k: elements that a step of a sum has.
         block_r: units of a tile; the fused kernel has all of them in one.
         finish: tokens and units of a tile where sums that end in [M, r] become down and dz.
         splits: CTAs that share such a sum, over d or N.
         token_splits: CTAs that share the sums over tokens of dW_d and of dW_u.
         warps: of a CTA.
-        fused_warps: of a CTA of the fused kernel.
         stages: of Triton's software pipeline.
         precision: of products of fp32, as tl.dot has it.
     """
@@ -39,13 +39,13 @@ class Plan:
     block_m: int
     block_n: int
     fused_block_n: int
+    block_c: int
     block_k: int
     block_r: int
     finish: tuple[int, int]
     splits: int
     token_splits: tuple[int, int]
     warps: int
-    fused_warps: int
     stages: int
     precision: str
 
@@ -64,35 +64,33 @@ def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int,
     """
     single = dtype == torch.float32
     # tf32x3 has two tf32 numbers for each of fp32: half the tile, for the registers.
-    block_m = min(32 if single else 64, padded(m))
+    rows = 32 if single else gpu.tile_rows
+    block_m = min(rows, padded(m))
     block_k = ROW_BYTES // itemsize
     block_r = min(64, padded(r))
     wanted = CTAS * gpu.multiprocessors
     # One kernel saves a pass over hidden, but its CTAs have whole rows: there must be enough for the GPU.
     # Below that, hidden tends to stay in the L2 cache, and CTAs can share rows.
-    fused = padded(r) * dtype.itemsize <= 256 and tiles(m, 64) >= gpu.multiprocessors
-    splits = max(
-        1, min(wanted // max(1, tiles(m, block_m) * tiles(r, block_r)), max(d, n) // (STEPS * block_k))
-    )
+    fused = padded(r) * dtype.itemsize <= 256 and tiles(m, rows) >= gpu.multiprocessors
+    even = wanted // max(1, tiles(m, block_m) * tiles(r, block_r))
+    splits = max(1, min(even, max(d, n) // (STEPS * block_k)))
 
     def token_splits(columns: int) -> int:
-        fitting = SCRATCH_BYTES // (4 * columns * r)
-        return max(
-            1, min(wanted // (tiles(columns, 64) * tiles(r, block_r)), tiles(m, STEPS * block_k), fitting)
-        )
+        even = wanted // (tiles(columns, gpu.tile_rows) * tiles(r, block_r))
+        return max(1, min(even, tiles(m, STEPS * block_k), SCRATCH_BYTES // (4 * columns * r)))
 
     return Plan(
         fused=fused,
         block_m=block_m,
         block_n=64,
         fused_block_n=32 if single else 64,
+        block_c=gpu.tile_rows,
         block_k=block_k,
         block_r=block_r,
         finish=(16, 16) if splits > 1 else (block_m, block_r),
         splits=splits,
         token_splits=(token_splits(d), token_splits(n)),
-        warps=8 if block_m == 64 else 4,
-        fused_warps=4 if single else 8,
+        warps=8 if block_m >= 32 and not single else 4,
         stages=3 if itemsize == dtype.itemsize else 2,
         precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
     )

@@ -29,7 +29,7 @@ _WARPS = 4
 _CTAS_PER_SM = 4  # wanted: two or three fit at a time
 _LEAST_COLUMNS = 256  # of a split
 _RANK = 8  # of a product that is added to a tile
-_FINISH_ROWS, _FINISH_COLUMNS, _FINISH_REGISTERS = 8, 512, 64
+_FINISH_ROWS, _FINISH_COLUMNS, _FINISH_RANK, _FINISH_REGISTERS = 8, 512, 32, 64
 
 _GROUP = tl.constexpr(32)  # the least blocksize
 _MOST_ERROR = tl.constexpr(4e-7)
@@ -182,9 +182,9 @@ def _finish_kernel(
     rounding: tl.float64, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """norm [N]: from the sums of squares where they are accurate, otherwise from rows in fp64; RANK >= r.
+    """norm [N]: from the sums of squares where they are accurate, otherwise from rows in fp64.
 
-    `rounding` bounds the error of an element of the product, relative to reach = |s| sum_i |B_i| max|A_i|.
+    `rounding` bounds the error of an element of the product, relative to |s| sum_i |B_i| max|A_i|.
     """
     base = (weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr)
     index = tl.arange(0, ROWS)
@@ -195,10 +195,14 @@ def _finish_kernel(
         sums += tl.load(squares_ptr + tl.cast(split, tl.int64) * N + rows, mask=inside, other=1.0)
     norm = tl.sqrt(sums)
 
-    i = tl.arange(0, RANK)
-    b = tl.load(b_ptr + row[:, None] * r + i[None, :], mask=inside[:, None] & (i < r)[None, :], other=0.0)
-    most = tl.load(most_ptr + i, mask=i < r, other=0.0).to(tl.float64)
-    element = rounding * tl.abs(scaling) * tl.sum(tl.abs(b.to(tl.float64)) * most[None, :], 1)
+    reach = tl.zeros((ROWS,), tl.float64)
+    for i0 in range(0, r, RANK):
+        i = i0 + tl.arange(0, RANK)
+        b_mask = inside[:, None] & (i < r)[None, :]
+        b = tl.load(b_ptr + row[:, None] * r + i[None, :], mask=b_mask, other=0.0).to(tl.float64)
+        most = tl.load(most_ptr + i, mask=i < r, other=0.0).to(tl.float64)
+        reach += tl.sum(tl.abs(b) * most[None, :], 1)
+    element = rounding * tl.abs(scaling) * reach
     # d + K d^2 / 2 <= 4e-7 with d = element / norm, without the division.
     small = element * norm + 0.5 * element * element * K <= _MOST_ERROR * sums
     accurate = small & (sums > _LEAST_SQUARE) & (sums < _MOST_SQUARE)
@@ -266,7 +270,7 @@ def dora_norm(*args: Any) -> torch.Tensor:
     rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
     _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
         *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
-        RANK=triton.next_power_of_2(rank), **nf4, **_options(_FINISH_REGISTERS),
+        RANK=_FINISH_RANK, **nf4, **_options(_FINISH_REGISTERS),
     )  # fmt: skip
     return norm
 

@@ -76,7 +76,7 @@ def lora_a_gradient(f: ForwardArgs, du: torch.Tensor) -> torch.Tensor:
     if m == 0:
         return f.lora_a.new_zeros(rank, k)
     tile, ranks = launch.LORA_A_GRADIENT, rank_tile(rank)
-    block_m = launch.token_tile(tile.block_m, m)
+    block_m = launch.token_tile(gpu().tile_rows, m)
     ctas = cdiv(k, tile.block_k) * cdiv(rank, ranks)
     most = max(1, triton_plan.SCRATCH_BYTES // (4 * rank * k))
     rows = part(m, min(most, triton_plan.splits(ctas, m, block_m, gpu())), block_m)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from triton import cdiv
 
-from peft_kernels.core.gpu import gpu
+from peft_kernels.core.gpu import gpu, launch_options
 from peft_kernels.ops.dropout.triton import keep_scale, keep_threshold
 from peft_kernels.ops.linear import triton_forward_kernels as kernels
 from peft_kernels.ops.linear.schema import ForwardArgs, base_weight
@@ -16,7 +16,7 @@ from peft_kernels.ops.nf4.triton import contiguous, has_shuffle, nested_blocksiz
 EPILOGUE = Tile(32, 64, 64)
 PANEL = Tile(0, 32, 128)
 PROJECTION = Tile(32, 0, 64)
-LORA_A_GRADIENT = Tile(64, 0, 64)
+LORA_A_GRADIENT = Tile(0, 0, 64)
 
 
 def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:
@@ -45,7 +45,7 @@ def precision() -> str:
 
 def options(tile: Tile) -> dict[str, Any]:
     """Options of a launch."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    return launch_options(tile.warps, tile.stages)
 
 
 def nf4_format(base: BaseWeight) -> dict[str, Any]:

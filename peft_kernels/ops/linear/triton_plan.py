@@ -79,6 +79,7 @@ _BACKWARD = (
     _Row(32, Tile(32, 64, 128, stages=3)),
     _Row(128, Tile(64, 64, 64, stages=3)),
 )
+_HIP = (_Row(16, Tile(16, 64, 64, stages=2)), _Row(128, Tile(32, 64, 64, stages=2)))
 _WGMMA_FORWARD = Tile(64, 128, 64, stages=3)  # in place of the last: operands come from shared memory
 # Most tokens for which decoding in the product's loop is predicted to beat panels: fewer where tensor cores
 # are fast beside the decoder.
@@ -132,7 +133,8 @@ def _matmul(rows: tuple[_Row, ...], product: Product, gpu: GPU, outputs: int, su
     m = product.tokens
     if product.dtype == torch.float32 or m > _MATMUL_TOKENS.get(gpu.arch, _MATMUL_TOKENS_DEFAULT):
         return Plan("panels")
-    tile = next(row.tile for row in rows if m <= row.most_tokens)
+    table = _HIP if gpu.backend == "hip" else rows
+    tile = next(row.tile for row in table if m <= row.most_tokens)
     if rows is _FORWARD and tile.block_m == 64 and gpu.arch == 90:
         tile = _WGMMA_FORWARD
     # Forward tiles lie along N and step over K, backward tiles the other way round.

@@ -248,6 +248,7 @@ def test_plan() -> None:
     assert [plan(m).fused for m in (1, 8384, 8385, 2**20)] == [False, False, True, True]
     assert not plan(2**20, 256).fused
     assert not plan(2**20, 128, FLOAT32).fused
+    assert [plan(m, dtype=FLOAT32).fused for m in (4192, 4193)] == [False, True]
     assert plan(1).splits == 16
     assert plan(2**20).splits == 1
     assert plan(1).token_splits == (1, 1)

@@ -55,7 +55,7 @@ def check(n: int, k: int, r: int, scaling: float = -1.5, **options: Any) -> None
 
 # Rows that begin in the middle of a byte, of a block; several blocks of rows, splits, chunks of ranks.
 SHAPES = (
-    (1, 1, 1), (3, 2, 1), (70, 96, 4), (24, 257, 5), (17, 1030, 8), (65, 576, 16), (9, 64, 20), (7, 31, 64)
+    (1, 1, 1), (3, 2, 1), (70, 96, 4), (24, 257, 5), (17, 1030, 8), (65, 576, 16), (9, 64, 20), (7, 31, 100)
 )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ BUDGETS = (
     (1024, 1024, 64, "dense", torch.bfloat16), (1024, 1024, 16, "dense", torch.float32),
     (1024, 1024, 8, "nf4_double", torch.bfloat16), (1024, 1024, 5, "dense", torch.float32),
     (1000, 1030, 16, "nf4_double", torch.float32), (1000, 1031, 5, "nf4", torch.bfloat16),
-    (1000, 1031, 1, "dense", torch.float32),
+    (1000, 1031, 1, "dense", torch.float32), (1024, 1024, 300, "nf4", torch.float32),
 )  # fmt: skip
 
 
