@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contents = {
         "budgets": budget_table(found),
         "bytes": bytes_table(executed),
-        "predicted": predicted_table(),
+        "predicted": predicted_table(executed),
     }
     for name, content in contents.items():
         new = with_section(new, name, content)

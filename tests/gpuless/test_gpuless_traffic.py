@@ -56,9 +56,18 @@ def test_the_launches_of_a_kernel_share_what_they_are_given():
         return SimpleNamespace(name=name, tensors={each: tensors[each] for each in given})
 
     launches = [launch("a", "x", "y"), launch("a", "x", "z"), launch("b", "x")]
-    assert [len(each) for each in traffic._given(launches, set())] == [2, 1, 1]
+    assert [len(each) for each in traffic._given(launches, set(), set(), frozenset())] == [2, 1, 1]
     scratch = {tensors["x"].untyped_storage().data_ptr()}
-    assert [len(each) for each in traffic._given(launches, scratch)] == [2, 2, 1]
+    assert [len(each) for each in traffic._given(launches, scratch, scratch, frozenset())] == [2, 2, 1]
+
+
+def test_what_kernels_hardly_touch_is_not_given():
+    few, many = (Traffic(1, 1, 1, 0, (), {("k", "w"): 0.05, ("k", "x"): share}) for share in (0.1, 0.9))
+    assert traffic.untouched([few, None]) == {("k", "w"), ("k", "x")}
+    assert traffic.untouched([few, None, many]) == {("k", "w")}
+    quantize = Case("nf4", "nf4_quantize", 0, 256, 64, weight="nf4", dtype="bfloat16")
+    found = ours(quantize, execute=False, untouched=frozenset({("_quantize_kernel", "weight_ptr")}))
+    assert found.given == found.least - 2 * 256 * 64
 
 
 def test_a_quantised_weight_is_a_result():

@@ -4,8 +4,8 @@ Three counts by one rule, that a kernel reads what it needs once and writes what
 
 - of ours, run in the emulator: the distinct bytes that each launch touches, and of torch ops beside them (a
   vendor GEMM) their inputs and outputs;
-- of ours on tensors too large to run: every tensor that the launches of a kernel are given, once a pass. On
-  problems that are run, the first count must agree with this one;
+- of ours on tensors too large to run: every tensor that the launches of a kernel are given, once a pass, but
+  for inputs that the kernel hardly touched wherever it was run, such as the weight of one for rare rows;
 - of eager PyTorch: inputs and outputs of every op that autograd runs.
 
 What an op makes and uses up itself, such as a panel of a weight, counts apart as scratch: at most 32 MiB,
@@ -13,7 +13,7 @@ less than the L2 caches of these GPUs, from which it is read back.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -68,9 +68,10 @@ class Traffic:
     Attributes:
         least: bytes that the problem needs: every input once a pass, every result once.
         moved: bytes that ours moves, scratch left out.
-        given: the same, by the tensors that launches are given.
+        given: the most it could be, by the tensors that launches are given.
         scratch: bytes of scratch written and read.
         steps: torch ops one by one, and our launches together.
+        shares: of every argument (kernel, name), the part that launches touched.
     """
 
     least: int
@@ -78,6 +79,7 @@ class Traffic:
     given: int
     scratch: int
     steps: tuple[Step, ...]
+    shares: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -85,13 +87,16 @@ class Traffic:
         return self.moved / self.least
 
 
-def ours(case: Case, execute: bool, arch: int = _ARCH) -> Traffic | None:
+def ours(
+    case: Case, execute: bool, arch: int = _ARCH, untouched: frozenset[tuple[str, str]] = frozenset()
+) -> Traffic | None:
     """Traffic of ours; None where an op that the case needs has no Triton kernel.
 
     Args:
         case: the problem.
         execute: run it in the emulator; otherwise `moved` is what launches are given.
         arch: whose plans and code are taken.
+        untouched: arguments (kernel, name) that launches hardly touch: as inputs, they do not count as given.
     """
     saved: list[torch.Tensor] = []
     forward_launches = 0
@@ -123,8 +128,13 @@ def ours(case: Case, execute: bool, arch: int = _ARCH) -> Traffic | None:
         return bytes_of(both) - used, used
 
     passes = gpu.launches[:forward_launches], gpu.launches[forward_launches:]
-    given = [split(tensors) for launches in passes for tensors in _given(launches, scratch)]
+    given = [split(tensors) for launches in passes for tensors in _given(launches, made, scratch, untouched)]
     touched = [_touched(launch, scratch) for launch in gpu.launches] if execute else given
+    shares: dict[tuple[str, str], float] = {}
+    for launch in gpu.launches if execute else ():
+        for name, tensor in launch.tensors.items():
+            part = _count(launch, name) / max(bytes_of([tensor]), 1)
+            shares[launch.name, name] = max(part, shares.get((launch.name, name), 0.0))
     beside = [(call, split((*call.read, *call.written))) for call in calls.calls]
     flops = max(prepared.flops - sum(call.flops for call in calls.calls), 0)
     together = Step(sum(main for main, _ in touched), flops)
@@ -133,15 +143,31 @@ def ours(case: Case, execute: bool, arch: int = _ARCH) -> Traffic | None:
         moved=together.bytes + sum(main for _, (main, _) in beside),
         given=sum(main for main, _ in given) + sum(main for _, (main, _) in beside),
         scratch=sum(used for _, used in touched) + sum(used for _, (_, used) in beside),
+        shares=shares,
         steps=(together, *(Step(main, call.flops) for call, (main, _) in beside)),
     )
 
 
-def _given(launches: Sequence[Launch], scratch: set[int]) -> Iterator[list[torch.Tensor]]:
+def untouched(traffic: Iterable[Traffic | None]) -> frozenset[tuple[str, str]]:
+    """Arguments (kernel, name) of which no launch touched more than a tenth."""
+    most: dict[tuple[str, str], float] = {}
+    for each in traffic:
+        for argument, share in each.shares.items() if each else ():
+            most[argument] = max(share, most.get(argument, 0.0))
+    return frozenset(argument for argument, share in most.items() if share <= 0.1)
+
+
+def _given(
+    launches: Sequence[Launch], made: set[int], scratch: set[int], untouched: frozenset[tuple[str, str]]
+) -> Iterator[list[torch.Tensor]]:
     """Tensors that launches are given: what several of one kernel are given, but for scratch, they share."""
     seen: set[tuple[str, int]] = set()
     for launch in launches:
-        keys = {(launch.name, each.data_ptr()): each for each in launch.tensors.values()}
+        keys = {
+            (launch.name, each.data_ptr()): each
+            for name, each in launch.tensors.items()
+            if _storage(each) in made or (launch.name, name) not in untouched
+        }
         yield [each for key, each in keys.items() if key not in seen or _storage(each) in scratch]
         seen |= set(keys)
 
@@ -159,12 +185,17 @@ def _touched(launch: Launch, scratch: set[int]) -> tuple[int, int]:
     """Distinct bytes read, and written, in what is not scratch, and in what is."""
     main = used = 0
     for name, tensor in launch.tensors.items():
-        count = launch.result.bytes_read.get(name, 0) + launch.result.bytes_written.get(name, 0)
+        count = _count(launch, name)
         if _storage(tensor) in scratch:
             used += count
         else:
             main += count
     return main, used
+
+
+def _count(launch: Launch, name: str) -> int:
+    """Distinct bytes of an argument that a launch read, and that it wrote."""
+    return launch.result.bytes_read.get(name, 0) + launch.result.bytes_written.get(name, 0)
 
 
 def _storage(tensor: torch.Tensor) -> int:

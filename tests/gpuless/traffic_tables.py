@@ -10,7 +10,7 @@ from peft_kernels.bench.cases_ia3 import FEEDFORWARD, IA3, SCALE_ONLY
 from peft_kernels.bench.cases_linear import NF4, QLORA
 
 from gpuless.launches import cases
-from gpuless.traffic import ACCELERATORS, Step, Traffic, bitsandbytes, eager, ours, seconds
+from gpuless.traffic import ACCELERATORS, Step, Traffic, bitsandbytes, eager, ours, seconds, untouched
 
 MOST = 1.1  # times the fewest bytes
 
@@ -92,15 +92,20 @@ def bytes_table(rows: Rows) -> str:
     return "\n".join([*lines, "", f"¹ {reasons}."])
 
 
-def predicted_table() -> str:
-    """Markdown: a row a production problem, predicted speed-ups over eager PyTorch and over bitsandbytes."""
+def predicted_table(rows: Rows) -> str:
+    """Markdown: a row a production problem, predicted speed-ups over eager PyTorch and over bitsandbytes.
+
+    Args:
+        rows: problems that were run: they tell what kernels touch of what they are given.
+    """
+    rare = untouched(rows.values())
     gpus = " | ".join(gpu.name for gpu in ACCELERATORS)
     lines = [
         f"| problem | fewest | ours | eager | bitsandbytes | {gpus} |",
         "|---" * (5 + len(ACCELERATORS)) + "|",
     ]
     for case in cases():
-        by_arch = {arch: ours(case, False, arch) for arch in {gpu.arch for gpu in ACCELERATORS}}
+        by_arch = {arch: ours(case, False, arch, rare) for arch in {gpu.arch for gpu in ACCELERATORS}}
         found = by_arch[ACCELERATORS[0].arch]
         if found is None:
             continue
