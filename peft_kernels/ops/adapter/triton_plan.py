@@ -90,7 +90,7 @@ def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int,
         finish=(16, 16) if splits > 1 else (block_m, block_r),
         splits=splits,
         token_splits=(token_splits(d), token_splits(n)),
-        warps=8 if block_m >= 32 and not single else 4,
+        warps=8 if block_m >= 32 and not single and gpu.backend == "cuda" else 4,
         stages=3 if itemsize == dtype.itemsize else 2,
         precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
     )

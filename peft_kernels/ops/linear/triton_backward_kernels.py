@@ -196,7 +196,7 @@ def lora_a_gradient_kernel(
             other=0.0,
         ).to(tl.float32)
         if seed_ptr is not None:
-            keep = keep_tile(rows, first_column, K, tl.load(seed_ptr), threshold, BK, GROUPED)
+            keep = keep_tile(rows, first_column, K, tl.load(seed_ptr), threshold, BK, GROUPED, OPERAND=True)
             x = tl.where(keep, x, 0.0)
         du = tl.load(
             du_ptr + rows[None, :].to(tl.int64) * rank + r[:, None],

@@ -105,7 +105,8 @@ def project_kernel(
             other=0.0,
         )
         if seed_ptr is not None:
-            x = tl.where(keep_tile(rows, first, K, tl.load(seed_ptr), threshold, BK, GROUPED), x, 0.0)
+            keep = keep_tile(rows, first, K, tl.load(seed_ptr), threshold, BK, GROUPED, OPERAND=True)
+            x = tl.where(keep, x, 0.0)
         a = tl.load(
             a_ptr + r[None, :].to(tl.int64) * K + columns[:, None],
             mask=(r < rank)[None, :] & (columns < K)[:, None],
