@@ -5,7 +5,8 @@
     python -m gpuless.tables --mix      # what hot loops issue, by pipe
 
 It fails where a rule is broken: no spill, no stack, at least two CTAs on a multiprocessor, or a reason in
-`REASONS`; bytes within 1.1 times the fewest, or a reason in `traffic_tables.MORE_BYTES`.
+`REASONS`; bytes within 1.1 times the fewest, or a reason in `traffic_tables.MORE_BYTES`; sectors and
+wavefronts within 1.1 times the fewest, or a reason in `wavefront_tables.REASONS`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from gpuless import wavefront_tables
 from gpuless.launches import Configuration, cases, configuration, configurations, launches, missing
 from gpuless.static import TARGETS, Budget, budget
 from gpuless.traffic_tables import bytes_table, executed_traffic, predicted_table, too_many_bytes
@@ -161,10 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(mix_table(found))
         return 0
     executed = executed_traffic()
-    wrong = faults(found) + too_many_bytes(executed) + [f"{name} has no Triton kernel" for name in missing()]
+    moved = wavefront_tables.transactions()
+    wrong = faults(found) + too_many_bytes(executed) + wavefront_tables.too_many(moved)
+    wrong += [f"{name} has no Triton kernel" for name in missing()]
     text = new = DOCUMENT.read_text()
     contents = {
         "budgets": budget_table(found),
+        "transactions": wavefront_tables.table(moved),
         "bytes": bytes_table(executed),
         "predicted": predicted_table(executed),
     }

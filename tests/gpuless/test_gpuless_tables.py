@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gpuless import tables
+from gpuless import tables, wavefront_tables
 from gpuless.launches import (
     WITHOUT_TRITON,
     Configuration,
@@ -145,3 +145,18 @@ def test_an_expanded_dimension_is_in_memory_once():
 
 def test_targets_are_those_of_the_issue():
     assert TARGETS == (80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100")
+
+
+def test_transactions_beyond_the_fewest_need_a_reason():
+    of_kernel = wavefront_tables.Transactions(
+        2, {"global": 256, "shared": 512}, {"global": 8, "shared": 6}, {"global": 8, "shared": 4}
+    )
+    rows = {"product_kernel": {80: of_kernel}}
+    (sentence,) = wavefront_tables.too_many(rows, {})
+    assert sentence == "product_kernel makes 1.50 times the fewest shared transactions: no reason is given"
+    assert wavefront_tables.too_many(rows, {("product_kernel", "shared"): "a reason"}) == []
+    (sentence,) = wavefront_tables.too_many(
+        rows, dict.fromkeys([("product_kernel", s) for s in ("shared", "global")], "")
+    )
+    assert sentence.endswith("[('product_kernel', 'global')] is not needed: take it out")
+    assert "| `product_kernel` | 128 | 256 | 1.00 | – | 1.50 | – |" in wavefront_tables.table(rows)
