@@ -92,14 +92,30 @@ def test_split_sums(gpu: Any, monkeypatch: pytest.MonkeyPatch, direction: str) -
 
 
 def test_panels_and_chunks_of_tokens(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_plan, "PANEL_BYTES", 64 * 128 * 2)  # several panels, ragged at the end
-    monkeypatch.setattr(
-        triton_plan, "SCRATCH_BYTES", 4 * 80 * 16 * 4
-    )  # and partial sums of few tokens at a time
+    # Several panels, ragged at the end, and products of 64 tokens at a time; backward 32.
+    monkeypatch.setattr(triton_plan, "PANEL_BYTES", 2 * 32 * 64)
+    monkeypatch.setattr(triton_plan, "SCRATCH_BYTES", 4 * 80 * 16)  # partial sums of 64 tokens at a time
     for name in ("forward_plan", "backward_plan"):
         monkeypatch.setattr(triton_plan, name, lambda *_: Plan("panels"))
     for weight in WEIGHTS:
         check(150, 80, 160, r=16, weight=weight, blocksize=32, dtype=torch.bfloat16, dropout_p=0.3)
+
+
+def test_scratch_is_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of tokens: here three blocks of them, and outputs that would be split in two."""
+    m, n, r = 130, 600, 16
+    monkeypatch.setattr(triton_plan, "SCRATCH_BYTES", 4 * m * r)  # less than one block's part of dlora_b
+    check(m, n, 64, r=r, parts=("lora",), dtype=torch.bfloat16)
+    launches = [launch for launch in gpu.launches if launch.name == "output_gradients_kernel"]
+    assert len(launches) == 3
+    assert all(launch.tensors["du_ptr"].nbytes <= triton_plan.SCRATCH_BYTES for launch in launches)
+    sums = [launch.tensors["partials_ptr"].nbytes for launch in gpu.launches if launch.name == "_sum_kernel"]
+    assert max(sums) <= 2 * 4 * n * r  # a block's part, and the sum of those before it
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_no_tokens(gpu: Any, weight: str) -> None:
+    check(0, 34, 128, weight=weight, dtype=torch.bfloat16, dropout_p=0.3)
 
 
 def _runs_alike(problem: Any) -> None:
