@@ -92,6 +92,12 @@ def test_split_sums(gpu: Any, monkeypatch: pytest.MonkeyPatch, direction: str) -
     check(18, 200, 192, dtype=torch.bfloat16, dropout_p=0.3)
 
 
+def test_split_low_rank_sums(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """u over inputs, du over outputs, dlora_a over tokens."""
+    monkeypatch.setattr(triton_plan, "splits", lambda *_, **__: 2)
+    check(129, 129, 129, weight="dense", r=40, dtype=torch.bfloat16, dropout_p=0.3)
+
+
 def test_panels_and_chunks_of_tokens(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several panels, ragged at the end, and products of 64 tokens at a time; backward 32.
     monkeypatch.setattr(triton_plan, "PANEL_BYTES", 2 * 32 * 64)
