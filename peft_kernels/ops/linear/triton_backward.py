@@ -36,18 +36,18 @@ def sums_over_grad(a: BackwardArgs, f: ForwardArgs, grad: torch.Tensor) -> SumsO
         return SumsOverGrad(None, None, None, None)
     tile, ranks = triton_plan.grad_tile(gpu()), rank_tile(rank)
     block_m = launch.token_tile(tile.block_m, max(m, 1))
-    chunk = max(
-        1, triton_plan.SCRATCH_BYTES // (4 * n * rank)
-    )  # blocks whose partial sums are kept at a time
+    scratch = triton_plan.SCRATCH_BYTES // 4
+    chunk = max(1, scratch // (n * rank))  # blocks whose partial sums are kept at a time
     ctas = max(1, min(chunk, cdiv(m, block_m))) * cdiv(rank, ranks)
-    columns = part(n, triton_plan.splits(ctas, n, tile.block_n, gpu()), tile.block_n)
+    most = max(1, scratch // (max(m, 1) * rank))
+    columns = part(n, min(most, triton_plan.splits(ctas, n, tile.block_n, gpu())), tile.block_n)
     du = grad.new_empty(cdiv(n, columns), m, rank, dtype=torch.float32) if need_du else None
     z, u = (None if saved is None else saved.contiguous() for saved in (a.z, a.u))
-    totals: list[list[torch.Tensor]] = [[], [], []]
+    totals = [of.new_zeros(shape) if of is not None and m == 0 else None for shape, of in wanted]
     for first in range(0, m, chunk * block_m):
         blocks = cdiv(min(m - first, chunk * block_m), block_m)
-        partials = [
-            None if of is None else grad.new_empty(blocks, *shape, dtype=torch.float32)
+        partials = [  # the last is the sum over the chunks before
+            None if of is None else grad.new_empty(blocks + (first > 0), *shape, dtype=torch.float32)
             for shape, of in wanted
         ]
         kernels.output_gradients_kernel[(blocks, cdiv(n, columns), cdiv(rank, ranks))](
@@ -55,18 +55,14 @@ def sums_over_grad(a: BackwardArgs, f: ForwardArgs, grad: torch.Tensor) -> SumsO
             first, m, n, grad.stride(0), rank, columns, f.scaling,
             BM=block_m, BN=tile.block_n, R=ranks, PRECISION=launch.precision(), **launch.options(tile),
         )  # fmt: skip
-        for total, partial in zip(totals, partials, strict=True):
-            if partial is not None:
-                total.append(sum_partials(partial) if m > chunk * block_m else partial)
-    results: list[torch.Tensor | None] = []
-    for total, (shape, of) in zip(totals, wanted, strict=True):
-        if of is None:
-            results.append(None)
-        elif not total:  # no tokens
-            results.append(of.new_zeros(shape))
-        else:
-            results.append(sum_partials(total[0] if len(total) == 1 else torch.stack(total), of.dtype))
-    return SumsOverGrad(None if du is None else sum_partials(du), *results)
+        last = first + chunk * block_m >= m
+        for i, ((_, of), partial) in enumerate(zip(wanted, partials, strict=True)):
+            if of is None or partial is None:
+                continue
+            if (total := totals[i]) is not None:
+                partial[blocks] = total
+            totals[i] = sum_partials(partial, of.dtype if last else torch.float32)
+    return SumsOverGrad(None if du is None else sum_partials(du), *totals)
 
 
 def lora_a_gradient(f: ForwardArgs, du: torch.Tensor) -> torch.Tensor:

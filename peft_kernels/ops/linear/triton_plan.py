@@ -130,7 +130,7 @@ def panel_size(lines: int, line_bytes: int, step: int) -> int:
 
 
 def _matmul(rows: tuple[_Row, ...], product: Product, gpu: GPU, outputs: int, summed: int) -> Plan:
-    m = product.tokens
+    m = max(1, product.tokens)
     if product.dtype == torch.float32 or m > _MATMUL_TOKENS.get(gpu.arch, _MATMUL_TOKENS_DEFAULT):
         return Plan("panels")
     table = _HIP if gpu.backend == "hip" else rows

@@ -100,6 +100,14 @@ def test_mask_of_a_tile_anywhere(gpu: EmulatedGPU, first_row: int, columns: int)
             assert torch.equal(mask, expected.to(torch.int8)), (seed, grouped, operand)
 
 
+def test_a_word_equal_to_the_threshold_is_kept(gpu: EmulatedGPU) -> None:
+    counter, key = (torch.zeros(1, dtype=torch.int64),) * 4, (torch.tensor([99]), torch.tensor([0]))
+    for element, word in enumerate(philox4x32(counter, key)):
+        at, above = int(word) / 2**32, (int(word) + 1) / 2**32
+        assert dropout(torch.ones(4), at, 99)[element] > 0
+        assert dropout(torch.ones(4), above, 99)[element] == 0
+
+
 def test_threshold_and_scale() -> None:
     assert [keep_threshold(p) for p in (0.0, 0.5, 1 - 2**-53)] == [0, 2**31, 2**32 - 1]
     assert keep_scale(0.5) == 2.0

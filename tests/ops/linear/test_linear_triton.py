@@ -79,7 +79,8 @@ def test_every_blocksize(gpu: Any, m: int, k: int, blocksize: int) -> None:
 
 @pytest.mark.parametrize("r", [1, pytest.param(20, marks=full), pytest.param(64, marks=full), 72])
 def test_every_rank(gpu: Any, r: int) -> None:
-    check(20, 34, 128, r=r, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
+    for m in (1, 20):
+        check(m, 34, 128, r=r, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
 
 
 SPLIT = Plan("matmul", Tile(16, 64, 64, stages=2), splits=3)
@@ -91,15 +92,37 @@ def test_split_sums(gpu: Any, monkeypatch: pytest.MonkeyPatch, direction: str) -
     check(18, 200, 192, dtype=torch.bfloat16, dropout_p=0.3)
 
 
+def test_split_low_rank_sums(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """u over inputs, du over outputs, dlora_a over tokens."""
+    monkeypatch.setattr(triton_plan, "splits", lambda *_, **__: 2)
+    check(129, 129, 129, weight="dense", r=40, dtype=torch.bfloat16, dropout_p=0.3)
+
+
 def test_panels_and_chunks_of_tokens(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_plan, "PANEL_BYTES", 64 * 128 * 2)  # several panels, ragged at the end
-    monkeypatch.setattr(
-        triton_plan, "SCRATCH_BYTES", 4 * 80 * 16 * 4
-    )  # and partial sums of few tokens at a time
+    # Several panels, ragged at the end, and products of 64 tokens at a time; backward 32.
+    monkeypatch.setattr(triton_plan, "PANEL_BYTES", 2 * 32 * 64)
+    monkeypatch.setattr(triton_plan, "SCRATCH_BYTES", 4 * 80 * 16)  # partial sums of 64 tokens at a time
     for name in ("forward_plan", "backward_plan"):
         monkeypatch.setattr(triton_plan, name, lambda *_: Plan("panels"))
-    for weight in WEIGHTS:
-        check(150, 80, 160, r=16, weight=weight, blocksize=32, dtype=torch.bfloat16, dropout_p=0.3)
+    for weight, k in zip(WEIGHTS, (160, 160, 150), strict=True):
+        check(150, 80, k, r=16, weight=weight, blocksize=32, dtype=torch.bfloat16, dropout_p=0.3)
+
+
+def test_scratch_is_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of tokens: here three blocks of them, and outputs that would be split in two."""
+    m, n, r = 130, 600, 16
+    monkeypatch.setattr(triton_plan, "SCRATCH_BYTES", 4 * m * r)  # less than one block's part of dlora_b
+    check(m, n, 64, r=r, parts=("lora",), dtype=torch.bfloat16)
+    launches = [launch for launch in gpu.launches if launch.name == "output_gradients_kernel"]
+    assert len(launches) == 3
+    assert all(launch.tensors["du_ptr"].nbytes <= triton_plan.SCRATCH_BYTES for launch in launches)
+    sums = [launch.tensors["partials_ptr"].nbytes for launch in gpu.launches if launch.name == "_sum_kernel"]
+    assert max(sums) <= 2 * 4 * n * r  # a block's part, and the sum of those before it
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_no_tokens(gpu: Any, weight: str) -> None:
+    check(0, 34, 128, weight=weight, dtype=torch.bfloat16, dropout_p=0.3)
 
 
 def test_loops_longer_than_the_pipeline(gpu: Any) -> None:
@@ -157,6 +180,37 @@ def test_infinity_and_nan_stay_in_their_token(gpu: Any) -> None:
     assert y[4].isnan().all()
     rest = [i for i in range(18) if i not in (3, 4)]
     assert torch.equal(y[rest], clean[rest])
+
+
+def test_float64_is_refused(gpu: Any) -> None:
+    problem = make_problem(3, 9, 64, weight="dense")
+    forward, backward = ((*forward_args(problem), True), tuple(backward_args(problem)))
+    for op, args in ((FORWARD, forward), (BACKWARD, backward)):
+        doubled = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        with pytest.raises(ValueError, match=r"x must be float32 .* got float64; or leave"):
+            op.triton(*doubled)
+
+
+@pytest.mark.parametrize(
+    ("m", "weight", "dtype"),
+    [(3, "nf4", torch.float32), (20, "nf4_double", torch.bfloat16), (20, "dense", torch.bfloat16)],
+)
+def test_strides(gpu: Any, m: int, weight: str, dtype: torch.dtype) -> None:
+    """Rows that lie apart and begin anywhere; adapters and scales with gaps between elements."""
+    problem = make_problem(m, 34, 128, weight=weight, dtype=dtype, dropout_p=0.3)
+    tensors = problem.tensors
+    tensors["x"], problem.grad = (torch.cat([t[:, :3], t], 1)[:, 3:] for t in (tensors["x"], problem.grad))
+    for name in tensors.keys() - {"x"}:
+        tensors[name] = _with_gaps(tensors[name])
+    if weight != "dense":
+        problem.weight = replace(problem.weight, absmax=_with_gaps(problem.weight.absmax))
+    y, grads = problem.run_with_gradients()
+    problem.check(y)
+    problem.check_gradients(grads)
+
+
+def _with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, tensor + 1], -1)[..., 0]
 
 
 def test_inputs_are_not_changed(gpu: Any) -> None:
