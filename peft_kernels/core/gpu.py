@@ -47,15 +47,15 @@ def gpu() -> GPU:
     return _describe(driver, driver.get_current_device())
 
 
-def launch_options(warps: int, stages: int = 1) -> dict[str, Any]:
-    """Options of a Triton launch: no contraction, and no more registers than let two CTAs fit.
+def launch_options(warps: int, stages: int = 1, registers: int | None = None) -> dict[str, Any]:
+    """Options of a Triton launch: no contraction, and `registers`, or as many as let two CTAs fit.
 
     Contraction would decide by itself where a product is rounded. In a sum over lanes, x y + (the same of
     another lane), it would do so differently from lane to lane, and copies of one sum would differ.
     """
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if gpu().backend == "cuda":  # left to itself, ptxas aims at one more CTA and spills for it
-        options["maxnreg"] = min(255, REGISTERS // (2 * 32 * warps))
+        options["maxnreg"] = registers or min(255, REGISTERS // (2 * 32 * warps))
     return options
 
 

@@ -44,6 +44,6 @@ def sum_partials(
         rows = min(_TILE // columns, triton.next_power_of_2(max(1, count)))
         _sum_kernel[(triton.cdiv(n, columns),)](
             partials, out, count, n, scale,
-            ROWS=rows, COLUMNS=columns, num_warps=_WARPS, enable_fp_fusion=True,
+            ROWS=rows, COLUMNS=columns, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from peft_kernels.core.checks import check_dtype
-from peft_kernels.core.gpu import gpu
+from peft_kernels.core.gpu import gpu, launch_options
 from peft_kernels.ops.dora.schema import NormArgs, check_dora_norm
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight
 from peft_kernels.ops.nf4.triton import (
@@ -268,17 +268,11 @@ def dora_norm(*args: Any) -> torch.Tensor:
     nf4 = {"BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle()}
     _squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
         *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=_RANK,
-        ALIGNED=plan.aligned, **nf4, **_options(plan.registers, plan.stages),
+        ALIGNED=plan.aligned, **nf4, **launch_options(_WARPS, plan.stages, plan.registers),
     )  # fmt: skip
     rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
     _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
         *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
-        RANK=_FINISH_RANK, **nf4, **_options(_FINISH_REGISTERS, 1),
+        RANK=_FINISH_RANK, **nf4, **launch_options(_WARPS, registers=_FINISH_REGISTERS),
     )  # fmt: skip
     return norm
-
-
-def _options(registers: int, stages: int) -> dict[str, Any]:
-    """Compiler options: no fusion, so that the code has every rounding; on NVIDIA, registers of a thread."""
-    limit = {"maxnreg": registers} if gpu().backend == "cuda" else {}
-    return {"num_warps": _WARPS, "num_stages": stages, "enable_fp_fusion": False, **limit}
