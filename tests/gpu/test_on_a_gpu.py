@@ -8,7 +8,8 @@ import torch
 import peft_kernels as pk
 from factories import WEIGHTS, Problem, make_problem
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU; tests/gpuless runs the same kernels without one", allow_module_level=True)
 
 
 def on_gpu(problem: Problem) -> Problem:

@@ -117,6 +117,9 @@ class _AmdCompiler(HIPBackend):
         return f"gpuless-{super().hash()}"
 
 
+MOST_CTAS_Y_Z = 65535  # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
+
+
 class _Utils:
     def __init__(self, gpu: EmulatedGPU) -> None:
         self._arch, self._model = gpu.arch, MODELS[gpu.arch]
@@ -143,6 +146,8 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
         bound = rest[4:]  # after packed and launch metadata, enter and exit hook
         gpu, metadata = triton.runtime.driver.active.gpu, self._metadata
+        if y > MOST_CTAS_Y_Z or z > MOST_CTAS_Y_Z:
+            raise ValueError(f"grid must be at most {MOST_CTAS_Y_Z} in y and z, got {(x, y, z)}")
         named = zip(self._source.signature, bound, self._is_argument, strict=True)
         given = {name: value for name, value, is_one in named if is_one}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}

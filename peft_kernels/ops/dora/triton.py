@@ -28,7 +28,7 @@ from peft_kernels.ops.nf4.triton import (
 _WARPS = 4
 _CTAS_PER_SM = 4  # wanted: two or three fit at a time
 _LEAST_COLUMNS = 256  # of a split
-_RANK = 8  # of a product that is added to a tile
+_RANK = 16  # of a product that is added to a tile: the fewest that Triton 3.6 takes
 _FINISH_ROWS, _FINISH_COLUMNS, _FINISH_RANK, _FINISH_REGISTERS = 8, 512, 32, 64
 
 _GROUP = tl.constexpr(32)  # the least blocksize

@@ -99,8 +99,8 @@ def input_gradient_epilogue_kernel(
 
     They are tokens first_token and on (a multiple of BM), inputs first_input and on.
     """
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    first = tl.program_id(0) * BK
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(1) * BK
     column = first + tl.arange(0, BK)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
     t = tl.zeros((BM, BK), tl.float32)
@@ -110,7 +110,7 @@ def input_gradient_epilogue_kernel(
     rows = first_token + row  # past `tokens` they are past M: only the last chunk is ragged
     columns = tl.where(column < width, first_input + column, K)  # past the end: masked
     store_input_gradient(
-        t, rows, first_token // BM + tl.program_id(1), columns, first_input + first, dx_ptr, du_ptr,
+        t, rows, first_token // BM + tl.program_id(0), columns, first_input + first, dx_ptr, du_ptr,
         lora_a_ptr, input_scale_ptr, x_ptr, input_scale_partial_ptr, seed_ptr, threshold, keep_scale,
         M, K, x_stride, rank, R, GROUPED, PRECISION,
     )  # fmt: skip

@@ -86,7 +86,7 @@ class Forward:
         """Finish the outputs whose base products' parts are [splits, tokens, width]."""
         (splits, tokens, width), a, tile = partials.shape, self._a, launch.EPILOGUE
         block_m = launch.token_tile(tile.block_m, tokens)
-        kernels.epilogue_kernel[(cdiv(width, tile.block_n), cdiv(tokens, block_m))](
+        kernels.epilogue_kernel[(cdiv(tokens, block_m), cdiv(width, tile.block_n))](
             partials, *self._tail(), *self.y.shape, launch.rank(a), splits, first_token, tokens, first_output,
             width, BM=block_m, BN=tile.block_n, R=rank_tile(launch.rank(a)), PRECISION=launch.precision(),
             **launch.options(tile),

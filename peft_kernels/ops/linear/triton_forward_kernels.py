@@ -233,8 +233,8 @@ def epilogue_kernel(
 
     They are tokens first_token and on, outputs first_output and on.
     """
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
     z = tl.zeros((BM, BN), tl.float32)
     for split in range(splits):

@@ -75,7 +75,7 @@ class InputGradient:
 
     def _epilogue(self, partials: torch.Tensor, first_token: int, first_input: int) -> None:
         (splits, tokens, width), f, tile = partials.shape, self.f, launch.EPILOGUE
-        kernels.input_gradient_epilogue_kernel[(cdiv(width, tile.block_k), cdiv(tokens, self.block_m))](
+        kernels.input_gradient_epilogue_kernel[(cdiv(tokens, self.block_m), cdiv(width, tile.block_k))](
             partials, *self._tail(), *f.x.shape, f.x.stride(0), launch.rank(f),
             splits, first_token, tokens, first_input, width,
             BM=self.block_m, BK=tile.block_k, R=rank_tile(launch.rank(f)), GROUPED=f.x.shape[1] % 4 == 0,
