@@ -38,14 +38,8 @@ class FakeCuda:
         self.allocated = self.peak = 1000
 
     def get_device_properties(self):
-        return types.SimpleNamespace(
-            name="Fake 1",
-            major=9,
-            minor=0,
-            multi_processor_count=132,
-            total_memory=80 << 30,
-            L2_cache_size=4096,
-        )
+        sizes = {"multi_processor_count": 132, "total_memory": 80 << 30, "L2_cache_size": 4096}
+        return types.SimpleNamespace(name="Fake 1", major=9, minor=0, **sizes)
 
     def Event(self, enable_timing):
         assert enable_timing

@@ -145,6 +145,18 @@ def test_two_threads_write_different_values_at_once() -> None:
     run("mov.u32 %r1, room; st.shared.u32 [%r1], 7; st.global.u32 [%rd50], 7;", [buffer()], declarations=ROOM)
 
 
+def test_registers_of_a_later_cta_hold_nothing_of_an_earlier_one() -> None:
+    out = buffer(128 * 129)  # more CTAs than run at once, and twice
+    body = f"""
+  mad.lo.u32 %r2, %r91, 128, %r90; mul.wide.u32 %rd2, %r2, 4; add.u64 %rd3, %rd50, %rd2;
+  setp.lt.u32 %p1, %r91, 64; @%p1 mov.u32 %r1, 3; st.global.u32 [%rd3], %r1;
+"""
+    for _ in range(2):
+        run(body, [out], grid=129)
+        assert (out[: 128 * 64] == 3).all()
+        assert np.isnan(out[128 * 64 :].view(np.float32)).all()
+
+
 def test_uninitialised() -> None:
     assert finding(f"{SHARED} ld.shared.u32 %r4, [%r3];", declarations=ROOM).kind == "uninitialised"
 
