@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--suite",
         choices=registry.SUITES,
-        help="default: quick, under 90 s on 2 cores; with --device cuda: gpu, under 10 minutes",
+        help="default: quick, under 90 s on 2 cores; with --device cuda: gpu, meant to take 10 minutes",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--filter", metavar="GLOB", default="*", help="only cases whose name matches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,12 +81,13 @@ class GPU:
     """
 
     name = "cuda"
-    # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, the others go on.
-    failures: tuple[type[Exception], ...] = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+    failures: tuple[type[Exception], ...]
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
         self._capture_failed = False
+        # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, others go on.
+        self.failures = (AttributeError, ImportError, RuntimeError, TypeError, ValueError, *_triton_errors())
 
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
@@ -193,6 +195,15 @@ class _Events:
 
     def sample(self, calls: int) -> Sample:
         return self._gpu.sample(self._rotation, calls)
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that a GPU cannot take: no RuntimeError."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
 
 
 def why_no_cuda() -> str | None:

@@ -231,6 +231,11 @@ def test_a_contestant_that_raises_does_not_end_the_run(gpu_of, monkeypatch, brok
             )  # on the CPU nothing of the kind is expected
 
 
+def test_what_triton_raises_does_not_end_the_run():
+    errors = pytest.importorskip("triton.runtime.errors")
+    assert issubclass(errors.OutOfResources, GPU(FakeCuda()).failures)
+
+
 def test_limits_of_a_gpu_are_measured(gpu_of, monkeypatch):
     monkeypatch.setattr("peft_kernels.bench.roofline._LARGEST_BUFFER", 1 << 16)
     monkeypatch.setattr("peft_kernels.bench.roofline._GPU_MATRIX", 32)

@@ -63,8 +63,9 @@ class Segment:
             for a in self.arguments:
                 if a.parameter in parameters:
                     covered[a.start : a.start + a.bytes] |= True if a.elements is None else a.elements
-            counts = None if covered.all() else np.concatenate([[0], np.cumsum(covered)]).astype(np.int32)
-            self.counted[parameters] = counts
+            counts = np.zeros(len(covered) + 1, np.int32)
+            np.cumsum(covered, out=counts[1:])
+            self.counted[parameters] = None if covered.all() else counts
         return self.counted[parameters]
 
     def name(self, byte: int) -> str:

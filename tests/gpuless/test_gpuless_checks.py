@@ -147,7 +147,7 @@ def test_two_threads_write_different_values_at_once() -> None:
 
 def test_registers_of_a_later_cta_hold_nothing_of_an_earlier_one() -> None:
     out = buffer(128 * 129)  # more CTAs than run at once, and twice
-    body = f"""
+    body = """
   mad.lo.u32 %r2, %r91, 128, %r90; mul.wide.u32 %rd2, %r2, 4; add.u64 %rd3, %rd50, %rd2;
   setp.lt.u32 %p1, %r91, 64; @%p1 mov.u32 %r1, 3; st.global.u32 [%rd3], %r1;
 """
