@@ -44,6 +44,7 @@ class NormPlan:
         rows, columns: of a tile of W.
         aligned: every row begins with a group of 32 elements of one absmax.
         registers: of a thread; left to itself, ptxas aims at one more CTA and spills.
+        stages: of Triton's software pipeline, which has no registers where the last ranks are masked.
         splits: parts of K, of which every row has its own sum.
         split_columns: inputs of a part, a multiple of `columns`.
     """
@@ -52,6 +53,7 @@ class NormPlan:
     columns: int
     aligned: bool
     registers: int
+    stages: int
     splits: int
     split_columns: int
 
@@ -64,12 +66,13 @@ def norm_plan(out_features: int, in_features: int, rank: int, nf4: bool, multipr
     """
     aligned = in_features % _GROUP.value == 0
     rows, columns = (64, 64) if aligned else (16, 32)
-    registers = 168 if nf4 and rank % 16 == 0 else 255  # three CTAs, or two
+    registers = 168 if nf4 and rank % _RANK == 0 else 255  # three CTAs, or two
     wanted = triton.cdiv(_CTAS_PER_SM * multiprocessors, triton.cdiv(out_features, rows))
     splits = max(1, min(wanted, in_features // _LEAST_COLUMNS))
     split_columns = triton.cdiv(triton.cdiv(in_features, splits), columns) * columns
     splits = triton.cdiv(in_features, split_columns)
-    return NormPlan(rows, columns, aligned, registers, splits, split_columns)
+    stages = 3 if rank % _RANK == 0 else 1
+    return NormPlan(rows, columns, aligned, registers, stages, splits, split_columns)
 
 
 @triton.jit
@@ -265,17 +268,17 @@ def dora_norm(*args: Any) -> torch.Tensor:
     nf4 = {"BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle()}
     _squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
         *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=_RANK,
-        ALIGNED=plan.aligned, **nf4, **_options(plan.registers),
+        ALIGNED=plan.aligned, **nf4, **_options(plan.registers, plan.stages),
     )  # fmt: skip
     rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
     _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
         *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
-        RANK=_FINISH_RANK, **nf4, **_options(_FINISH_REGISTERS),
+        RANK=_FINISH_RANK, **nf4, **_options(_FINISH_REGISTERS, 1),
     )  # fmt: skip
     return norm
 
 
-def _options(registers: int) -> dict[str, Any]:
+def _options(registers: int, stages: int) -> dict[str, Any]:
     """Compiler options: no fusion, so that the code has every rounding; on NVIDIA, registers of a thread."""
     limit = {"maxnreg": registers} if gpu().backend == "cuda" else {}
-    return {"num_warps": _WARPS, "enable_fp_fusion": False, **limit}
+    return {"num_warps": _WARPS, "num_stages": stages, "enable_fp_fusion": False, **limit}
