@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,11 +81,13 @@ class GPU:
     """
 
     name = "cuda"
-    # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, the others go on.
-    failures: tuple[type[Exception], ...] = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+    failures: tuple[type[Exception], ...]
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
+        self._capture_failed = False
+        # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, others go on.
+        self.failures = (AttributeError, ImportError, RuntimeError, TypeError, ValueError, *_triton_errors())
 
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
@@ -100,15 +103,9 @@ class GPU:
                 for _ in range(_WARM_UP):
                     call()
             self.synchronize()
-            try:
-                timed: Calls = {
-                    name: [self._captured(call) for call in copies] for name, copies in calls.items()
-                }
-                clock = "CUDA graphs"
-            except RuntimeError:  # an operation that a graph cannot hold, such as a copy to the host
-                self.synchronize()
-                timed, clock = calls, "launches"
-        return {name: _Events(self, copies) for name, copies in timed.items()}, clock
+            timed = self._graphs(calls)
+        clock = "launches" if timed is None else "CUDA graphs"
+        return {name: _Events(self, copies) for name, copies in (timed or calls).items()}, clock
 
     def memory(
         self, case: Case, programs: Mapping[str, Program], threads: int, results: int
@@ -124,6 +121,31 @@ class GPU:
                 self.synchronize()
                 sizes[name] = max(0, self._cuda.max_memory_allocated() - before - results)
         return sizes
+
+    def _graphs(self, calls: Calls) -> Calls | None:
+        """The calls as replays of graphs; None where one of them cannot be captured.
+
+        What waits for the GPU, such as a copy to the host, is found without a capture: one that fails leaves
+        torch's allocator (before 2.13 its generators too) in the midst of it. No other is begun after one.
+        """
+        if self._capture_failed or not all(map(self._never_waits, itertools.chain(*calls.values()))):
+            return None
+        try:
+            return {name: [self._captured(call) for call in copies] for name, copies in calls.items()}
+        except RuntimeError:  # something else that a graph cannot hold
+            self._capture_failed = True
+            self.synchronize()
+            return None
+
+    def _never_waits(self, call: Callable[[], Any]) -> bool:
+        self._cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return False
+        finally:
+            self._cuda.set_sync_debug_mode("default")
+        return True
 
     def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = self._cuda.CUDAGraph()
@@ -173,6 +195,15 @@ class _Events:
 
     def sample(self, calls: int) -> Sample:
         return self._gpu.sample(self._rotation, calls)
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that a GPU cannot take: no RuntimeError."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
 
 
 def why_no_cuda() -> str | None:

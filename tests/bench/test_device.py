@@ -34,17 +34,12 @@ class FakeCuda:
 
     def __init__(self, capturable=True):
         self.now, self.log, self.capturable, self.capturing = 0.0, [], capturable, False
+        self.captures, self.sync_debug_mode = 0, "default"
         self.allocated = self.peak = 1000
 
     def get_device_properties(self):
-        return types.SimpleNamespace(
-            name="Fake 1",
-            major=9,
-            minor=0,
-            multi_processor_count=132,
-            total_memory=80 << 30,
-            L2_cache_size=4096,
-        )
+        sizes = {"multi_processor_count": 132, "total_memory": 80 << 30, "L2_cache_size": 4096}
+        return types.SimpleNamespace(name="Fake 1", major=9, minor=0, **sizes)
 
     def Event(self, enable_timing):
         assert enable_timing
@@ -59,10 +54,15 @@ class FakeCuda:
 
         return Event()
 
-    def work(self, name, seconds, scratch=0):
-        """A call that takes so long on the GPU."""
+    def set_sync_debug_mode(self, mode):
+        self.sync_debug_mode = mode
+
+    def work(self, name, seconds, scratch=0, waits=False):
+        """A call that takes so long on the GPU, and waits for it or not."""
 
         def call():
+            if waits and self.sync_debug_mode == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
             if not self.capturable and self.capturing:
                 raise RuntimeError("operation not permitted when stream is capturing")
             self.log.append(name)
@@ -79,6 +79,7 @@ class FakeCuda:
     @contextlib.contextmanager
     def graph(self, graph, stream):
         self.capturing, start = True, len(self.log)
+        self.captures += 1
         try:
             yield
         finally:
@@ -140,7 +141,8 @@ def test_graphs_are_replayed_where_all_can_be_captured(gpu_of):
     cuda = FakeCuda()
     contestants, clock = gpu_of(cuda).timer({"a": [cuda.work("a", 1.0)], "b": [cuda.work("b", 2.0)]})
     assert clock == "CUDA graphs"
-    assert cuda.log == ["a"] * 3 + ["b"] * 3 + ["synchronize"]  # warm; captured without running
+    # Warm; what waits for the GPU looked for; captured without running.
+    assert cuda.log == ["a"] * 3 + ["b"] * 3 + ["synchronize", "a", "b"]
     cuda.log.clear()
     assert contestants["b"].sample(2).wall == pytest.approx(1.0)
     assert cuda.log == ["flush", "graph of b", "flush", "graph of b", "synchronize"]
@@ -158,6 +160,25 @@ def test_one_contestant_without_a_graph_has_all_of_them_launched(gpu_of):
     contestants, clock = gpu_of(cuda).timer({"a": [cuda.work("a", 1.0)], "b": [call]})
     assert clock == "launches"
     assert contestants["a"].sample(1).wall == pytest.approx(1.0)
+
+
+def test_a_call_that_waits_for_the_gpu_is_found_before_any_capture(gpu_of):
+    """A capture that fails would spoil torch's allocator for all cases after it."""
+    cuda = FakeCuda()
+    gpu = gpu_of(cuda)
+    calls = {"a": [cuda.work("a", 1.0)], "b": [cuda.work("b", 2.0, waits=True)]}
+    contestants, clock = gpu.timer(calls)
+    assert (clock, cuda.captures, cuda.sync_debug_mode) == ("launches", 0, "default")
+    assert contestants["b"].sample(1).wall == pytest.approx(2.0)
+    assert gpu.timer({"a": calls["a"]})[1] == "CUDA graphs"
+
+
+def test_after_a_failed_capture_there_is_no_other(gpu_of):
+    cuda = FakeCuda(capturable=False)
+    gpu = gpu_of(cuda)
+    for _ in range(2):
+        assert gpu.timer({"a": [cuda.work("a", 1.0)]})[1] == "launches"
+    assert cuda.captures == 1
 
 
 def test_the_flush_covers_the_cache(gpu_of):
@@ -210,6 +231,11 @@ def test_a_contestant_that_raises_does_not_end_the_run(gpu_of, monkeypatch, brok
             )  # on the CPU nothing of the kind is expected
 
 
+def test_what_triton_raises_does_not_end_the_run():
+    errors = pytest.importorskip("triton.runtime.errors")
+    assert issubclass(errors.OutOfResources, GPU(FakeCuda()).failures)
+
+
 def test_limits_of_a_gpu_are_measured(gpu_of, monkeypatch):
     monkeypatch.setattr("peft_kernels.bench.roofline._LARGEST_BUFFER", 1 << 16)
     monkeypatch.setattr("peft_kernels.bench.roofline._GPU_MATRIX", 32)
@@ -247,6 +273,7 @@ def test_cases_can_be_listed_without_a_gpu(capsys):
     [
         (["--threads", "2"], "threads must be left out with --device cuda"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--baseline", "eager,peft-tuned"], "one that runs on a GPU with --device cuda, got peft-tuned"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words, capsys):
@@ -284,6 +311,7 @@ def test_threads_are_of_the_cpu(monkeypatch, suite):
     with pytest.raises(ZeroDivisionError):
         main(["--device", "cuda", "--suite", suite])
     assert seen[0].threads == [1]
+    assert not [name for name in seen[0].baselines if name.endswith("-tuned")]  # which are timed on the CPU
 
 
 def test_a_wrong_result_has_no_speed_in_the_table(report_of, result_of):

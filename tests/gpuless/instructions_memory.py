@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from gpuless.machine import Machine
 
 _STRONG = ("relaxed", "acquire", "release", "acq_rel", "volatile", "mmio")
+
+
+def _strong(ins: Instruction) -> bool:
+    """Whether other CTAs may do the same at once: not with a scope that ends at this CTA."""
+    return (ins.opcode in ("atom", "red") or ins.has(*_STRONG)) and not ins.has("cta")
+
+
 Load = Callable[[NDArray, object], tuple[NDArray, object]]
 
 
@@ -59,7 +66,7 @@ def _load(m: Machine, ins: Instruction) -> Closure:
 
 
 def _loader(m: Machine, ins: Instruction, space: str, size: int, item: int) -> Load:
-    strong = ins.has(*_STRONG)
+    strong = _strong(ins)
     if space == "global":
         return lambda address, lanes: m.memory.load(m, ins, address, lanes, size, item, strong)
     if space == "shared":
@@ -123,7 +130,7 @@ def _store(m: Machine, ins: Instruction) -> Closure:
         raise unsupported(ins)
     rows = [source(m, ins, part, f"b{8 * item}") for part in split_vector(ins.operands[1])]
     address = address_of(m, ins, ins.operands[0])
-    strong = ins.has(*_STRONG)
+    strong = _strong(ins)
 
     def put(space: str, where: NDArray, lanes: object, values: NDArray) -> None:
         if space == "global":
@@ -240,7 +247,7 @@ def _atomic(m: Machine, ins: Instruction) -> Closure:
             if m.counts:
                 m.counts.global_access(ins, where, lanes, size, m.lanes)
             for _, byte, who, segment in parts:
-                m.memory.note_write(m, ins, segment, byte, who, size, atomic=True)
+                m.memory.note_write(m, ins, segment, byte, who, size, _strong(ins))
         else:
             index, who = m.shared.locate(ins, where, lanes, size)
             m.shared.update(ins, *m.shared.granules(index, who, size))

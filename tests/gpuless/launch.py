@@ -243,14 +243,8 @@ def _segments(blocks: list[tuple[_Block, bool]]) -> list[Segment]:
         home = max((b for b, _ in group), key=lambda b: len(b.storage))
         base = max(home.storage_address, start & ~31)  # aligned, so that wide accesses can be views
         data = home.storage[base - home.storage_address : end - home.storage_address]
-        covered = np.zeros(end - base, np.bool_)
-        arguments = []
-        for b, _ in group:
-            at = b.address - base
-            covered[at : at + b.bytes] |= True if b.elements is None else b.elements
-            arguments.append(Argument(b.name, b.parameter, at, b.bytes))
-        valid = None if covered.all() else np.concatenate([[0], np.cumsum(covered)]).astype(np.int32)
-        segments.append(Segment(base, data, arguments, any(w for _, w in group), valid))
+        arguments = [Argument(b.name, b.parameter, b.address - base, b.bytes, b.elements) for b, _ in group]
+        segments.append(Segment(base, data, arguments, any(w for _, w in group)))
     return segments
 
 

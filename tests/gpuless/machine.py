@@ -30,8 +30,8 @@ WARP = 32
 MAX_FINDINGS = 20
 MAX_BRANCHES = 1_000_000  # of one chunk of CTAs: minutes
 
-# Every register starts as a NaN, an odd address and a huge integer: what reads it unset shows in the result.
-_POISON = {16: 0x7FD3, 32: 0x7FD3D3D3, 64: 0x7FD3D3D3D3D3D3D3}
+# Every register of a CTA starts as a NaN, an odd address and a huge integer: a read before a write shows.
+_POISON = {1: False, 16: 0x7FD3, 32: 0x7FD3D3D3, 64: 0x7FD3D3D3D3D3D3D3}
 _VIEWS = {
     1: {"pred": np.bool_},
     16: {"b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16},
@@ -81,14 +81,15 @@ class Machine:
         index = np.arange(self.lanes)
         self.cta, self.thread = index // padded, index % padded
         self.exists = self.thread < self.threads
-        self.rows: dict[str, list[NDArray]] = {}
-        for bits, count in program.slots.items():
-            rows = (
-                np.zeros((count, self.lanes), np.bool_)
-                if bits == 1
-                else np.full((count, self.lanes), _POISON[bits], f"u{bits // 8}")
-            )
-            self.rows |= {name: list(rows.view(dtype)) for name, dtype in _VIEWS[bits].items()}
+        self.registers = {
+            bits: np.empty((count, self.lanes), np.bool_ if bits == 1 else f"u{bits // 8}")
+            for bits, count in program.slots.items()
+        }
+        self.rows: dict[str, list[NDArray]] = {
+            name: list(rows.view(dtype))
+            for bits, rows in self.registers.items()
+            for name, dtype in _VIEWS[bits].items()
+        }
         self.special = self._special_registers()
         self.shared_symbols, shared_bytes = self._place_shared()
         self.shared = SharedMemory(self, SHARED_BASE, shared_bytes)
@@ -177,6 +178,9 @@ class Machine:
             self.special[f"%ctaid.{axis}"][:] = value
         for axis, n in zip("xyz", grid, strict=True):
             self.special[f"%nctaid.{axis}"][:] = n
+        for bits, rows in self.registers.items():
+            rows.fill(_POISON[bits])
+        self.carry.fill(False)
         self.present = self.exists & (self.cta < count)
         self.live = self.present.copy()
         self.waiting = np.zeros(self.lanes, np.bool_)

@@ -28,6 +28,7 @@ class Argument:
     parameter: str  # as in the PTX
     start: int  # first byte in the segment
     bytes: int
+    elements: NDArray[np.bool_] | None = None  # which of its bytes belong to elements; None: all
 
 
 @dataclass
@@ -40,12 +41,12 @@ class Segment:
     data: NDArray[np.uint8]
     arguments: list[Argument]
     may_be_written: bool
-    valid: NDArray[np.int32] | None = None  # how many of the bytes before belong to an argument; None: all
     writer: NDArray[np.int32] | None = None
     reader: NDArray[np.int32] | None = None
     read_map: NDArray[np.bool_] | None = None
     write_map: NDArray[np.bool_] | None = None
     views: dict = field(default_factory=dict)
+    counted: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parameters = frozenset(a.parameter for a in self.arguments)
@@ -54,6 +55,18 @@ class Segment:
     def end(self) -> int:
         """Address after the last byte."""
         return self.base + len(self.data)
+
+    def before(self, parameters: frozenset[str]) -> NDArray[np.int32] | None:
+        """How many of the bytes before each byte belong to these arguments; None: all of the segment do."""
+        if parameters not in self.counted:
+            covered = np.zeros(len(self.data), np.bool_)
+            for a in self.arguments:
+                if a.parameter in parameters:
+                    covered[a.start : a.start + a.bytes] |= True if a.elements is None else a.elements
+            counts = np.zeros(len(covered) + 1, np.int32)
+            np.cumsum(covered, out=counts[1:])
+            self.counted[parameters] = None if covered.all() else counts
+        return self.counted[parameters]
 
     def name(self, byte: int) -> str:
         """``x_ptr+12`` for messages: the nearest argument."""
@@ -122,15 +135,19 @@ class GlobalMemory:
     def _inside(
         self, m: Machine, ins: Instruction, segment: Segment, byte: NDArray, lanes: Lanes, size: int
     ) -> list[tuple[Segment, NDArray, Lanes]]:
-        if not segment.parameters & self.reach[ins.index] and len(byte):
+        if len(byte) == 0:
+            return [(segment, byte, lanes)]
+        own = segment.parameters & self.reach[ins.index]
+        if not own:
             message = f"{size} bytes at {self._describe(ins, segment.base + int(byte[0]))}, in memory of"
             message = f"{message} {segment.name(int(byte[0])).split(' ')[0]}"
             m.report("global out of bounds", ins, everyone(lanes, m.lanes), message)
             return []
-        if segment.valid is not None and len(byte):
-            good = segment.valid[byte + size] - segment.valid[byte] == size
+        before = segment.before(own)  # views of one storage share a segment
+        if before is not None:
+            good = before[byte + size] - before[byte] == size
             if np.count_nonzero(good) < len(good):
-                where = segment.name(int(byte[~good][0]))
+                where = self._describe(ins, segment.base + int(byte[~good][0]))
                 byte, lanes = drop(
                     m, ins, "global out of bounds", byte, lanes, ~good, f"{size} bytes at {where}"
                 )

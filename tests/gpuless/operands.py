@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import LOCAL_BASE
-from gpuless.parser import Instruction, ParseError, split_address, split_vector, type_bits
+from gpuless.parser import Instruction, ParseError, split_address, type_bits
 from gpuless.report import Unsupported
 
 if TYPE_CHECKING:
@@ -203,11 +203,6 @@ def address_of(m: Machine, ins: Instruction, operand: str) -> Callable[[NDArray 
         raise unsupported(ins, f"address {operand} is not known")
     fixed = np.full(m.lanes, value + offset, np.int64)
     return lambda lanes: fixed[lanes]
-
-
-def vector_sources(m: Machine, ins: Instruction, operand: str, kind: str) -> list[NDArray | np.generic]:
-    """The values of a vector operand, one row (or scalar) each."""
-    return [source(m, ins, part, kind) for part in split_vector(operand)]
 
 
 def members(m: Machine, ins: Instruction, operand: str, what: str) -> Callable[[], None]:

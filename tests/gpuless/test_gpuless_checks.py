@@ -53,6 +53,14 @@ def test_a_pointer_must_stay_in_its_own_argument() -> None:
     assert "p0+512 (its 512 bytes are 0 … 511), in memory of p1+0" in found.message
 
 
+@pytest.mark.parametrize("access", ["ld.global.u32 %r1, [%rd50+512];", "st.global.u32 [%rd50+512], 7;"])
+def test_a_pointer_must_stay_in_its_own_view_of_a_storage(access: str) -> None:
+    whole = torch.zeros(256, dtype=torch.int32)
+    with pytest.raises(Report, match=r"global out of bounds: 4 bytes at p0\+512 \(its 512 bytes are 0"):
+        launch(module(access, 2), (1,), [whole[:128], whole[128:]])
+    launch(module(access.replace("%rd50+512", "%rd51"), 2), (1,), [whole[:128], whole[128:]])
+
+
 def test_gaps_between_the_elements_of_a_view_are_out_of_bounds() -> None:
     whole = np.zeros((128, 4), np.uint32)
     found = finding("setp.eq.u32 %p1, %r90, 0; @%p1 st.global.u32 [%rd50+4], %r90;", [whole[:, :1]])
@@ -137,6 +145,18 @@ def test_two_threads_write_different_values_at_once() -> None:
     run("mov.u32 %r1, room; st.shared.u32 [%r1], 7; st.global.u32 [%rd50], 7;", [buffer()], declarations=ROOM)
 
 
+def test_registers_of_a_later_cta_hold_nothing_of_an_earlier_one() -> None:
+    out = buffer(128 * 129)  # more CTAs than run at once, and twice
+    body = """
+  mad.lo.u32 %r2, %r91, 128, %r90; mul.wide.u32 %rd2, %r2, 4; add.u64 %rd3, %rd50, %rd2;
+  setp.lt.u32 %p1, %r91, 64; @%p1 mov.u32 %r1, 3; st.global.u32 [%rd3], %r1;
+"""
+    for _ in range(2):
+        run(body, [out], grid=129)
+        assert (out[: 128 * 64] == 3).all()
+        assert np.isnan(out[128 * 64 :].view(np.float32)).all()
+
+
 def test_uninitialised() -> None:
     assert finding(f"{SHARED} ld.shared.u32 %r4, [%r3];", declarations=ROOM).kind == "uninitialised"
 
@@ -216,6 +236,20 @@ def test_atomics_are_no_race_among_themselves() -> None:
     own = "mul.wide.u32 %rd2, %r91, 512; add.u64 %rd3, %rd51, %rd2; add.u64 %rd3, %rd3, %rd40;"
     read_only = f"ld.global.u32 %r1, [%rd50]; {own}"
     run(read_only + "st.global.u32 [%rd3], %r1;", [total, buffer(256)], grid=2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "red.relaxed.cta.global.add.u32 [%rd50], 1;",
+        "atom.acq_rel.cta.global.add.u32 %r1, [%rd50], 1;",
+        "red.relaxed.gpu.global.add.u32 [%rd50], 1; ld.relaxed.cta.global.u32 %r1, [%rd50];",
+    ],
+)
+def test_the_scope_of_an_atomic_must_include_the_other_cta(body: str) -> None:
+    assert finding(body, grid=2).kind == "cross-CTA race"
+    run(body, [buffer()], grid=1)
+    run(body.replace(".cta.", ".gpu."), [buffer()], grid=2)
 
 
 def test_barrier_deadlock() -> None:

@@ -14,10 +14,7 @@ from peft_kernels.ops.dropout.triton import keep_tile
 
 _IDENTITY, _RELU, _LEAKY_RELU, _GELU, _GELU_TANH, _SILU, _TANH = map(tl.constexpr, range(len(ACTIVATIONS)))
 _LEAKY_SLOPE = tl.constexpr(LEAKY_SLOPE)
-_GELU_SCALE, _GELU_CUBIC = (
-    tl.constexpr(1.5957691216057308),
-    tl.constexpr(0.044715),
-)  # the first: 2 sqrt(2 / pi)
+_GELU_SCALE, _GELU_CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # 2 sqrt(2/pi), c
 
 
 @triton.jit
