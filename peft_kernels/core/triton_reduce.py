@@ -9,7 +9,8 @@ _TILE = 2048  # elements that a CTA loads at a time: 16 a thread
 
 
 @triton.jit
-def _sum_kernel(partials_ptr, out_ptr, count, n, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_kernel(partials_ptr, out_ptr, count, n, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [n] = scale * the sum of partials [count, n], ROWS of them at a time."""
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, count, ROWS):
@@ -42,7 +43,7 @@ def sum_partials(
         # Few columns a CTA where there are few columns: there are then CTAs for about every multiprocessor.
         columns = min(128, max(16, triton.next_power_of_2(n) // 128))
         rows = min(_TILE // columns, triton.next_power_of_2(max(1, count)))
-        _sum_kernel[(triton.cdiv(n, columns),)](
+        sum_kernel[(triton.cdiv(n, columns),)](
             partials, out, count, n, scale,
             ROWS=rows, COLUMNS=columns, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

@@ -16,10 +16,12 @@ _SCALES = (
 )
 _TRANSPOSED = "Triton's layout of the decoded tile has two-way conflicts in ldmatrix.trans"
 _FP32 = "operands of 32 bits (tf32x3), which no ldmatrix transposes"
+_FMA = "fp32 operands of 16 ranks, without tensor cores, in the layout that Triton has for them"
 _SMALL = "rows of a small operand, shorter than what a warp takes at once; not in a hot loop"
 # (kernel, space) -> why there are more. A reason that nothing needs is an error.
 REASONS: dict[tuple[str, str], str] = {
-    ("_squares_kernel", "global"): _SCALES,
+    ("row_squares_kernel", "global"): _SCALES,
+    ("row_squares_kernel", "shared"): _FMA,
     ("decode_kernel", "global"): _SCALES,
     ("matmul_kernel", "global"): _SCALES,
     ("input_gradient_kernel", "shared"): _TRANSPOSED,

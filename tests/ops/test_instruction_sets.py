@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(not native_library().loaded, reason="native libr
 
 TESTS = Path(__file__).parents[1]
 FOLDERS = [str(TESTS / folder) for folder in ("ops", "nn", "surgery")]
-# Left out is what takes long and calls no kernel in another way than the rest: how ops look to torch, graphs.
-SELECTED = "native or not (reference or compile or opcheck or gradcheck or instruction_sets)"
+# Left out is what takes long and calls no kernel in another way than the rest (how ops look to torch, graphs),
+# and what runs on emulated GPUs.
+SELECTED = "native or not (reference or compile or opcheck or gradcheck or instruction_sets or triton or gpu)"
 OTHERS = sorted({*native_library().capabilities_found} - {native_library().capability or ""})
 USE = """
 import torch
@@ -41,7 +42,7 @@ def use(capability: str) -> subprocess.CompletedProcess[str]:
 def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """The tests under each set, all at the same time: a run takes one core."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", "-k", SELECTED, *FOLDERS]
+    command += ["-m", "not slow and not gpuless_full", "-k", SELECTED, *FOLDERS]
     processes = {
         capability: subprocess.Popen(
             command, env=environment(capability), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -127,7 +127,7 @@ def _scaled_sum(weight, update, scaling):
 
 
 @triton.jit
-def _squares_kernel(
+def row_squares_kernel(
     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
     a_ptr, b_ptr, squares_ptr, most_ptr, N, K, r, stride_n, stride_k, scaling: tl.float64, split_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
@@ -179,7 +179,7 @@ def _store_largest(a_ptr, most_ptr, i, K, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _finish_kernel(
+def finish_norms_kernel(
     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
     a_ptr, b_ptr, squares_ptr, most_ptr, norm_ptr, N, K, r, stride_n, stride_k, scaling: tl.float64,
     rounding: tl.float64, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
@@ -266,12 +266,12 @@ def dora_norm(*args: Any) -> torch.Tensor:
     tensors = (*base[:5], lora_a, lora_b, squares, most)
     shape = (a.out_features, in_features, rank, stride_n, stride_k, a.scaling)
     nf4 = {"BLOCKSIZE": a.blocksize, "NESTED": nested_blocksize(base), "SHUFFLE": has_shuffle()}
-    _squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
+    row_squares_kernel[(rank + triton.cdiv(a.out_features, plan.rows) * plan.splits,)](
         *tensors, *shape, plan.split_columns, ROWS=plan.rows, COLUMNS=plan.columns, RANK=_RANK,
         ALIGNED=plan.aligned, **nf4, **launch_options(_WARPS, plan.stages, plan.registers),
     )  # fmt: skip
     rounding = min(rank + 2.0, 3 * math.sqrt(rank + 1)) * 2.0**-24  # README.md, "Error"
-    _finish_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
+    finish_norms_kernel[(triton.cdiv(a.out_features, _FINISH_ROWS),)](
         *tensors, norm, *shape, rounding, plan.splits, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS,
         RANK=_FINISH_RANK, **nf4, **launch_options(_WARPS, registers=_FINISH_REGISTERS),
     )  # fmt: skip

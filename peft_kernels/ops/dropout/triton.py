@@ -47,7 +47,8 @@ def keep_tile(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _dropout_kernel(x_ptr, out_ptr, n, seed_ptr, threshold: tl.uint32, scale, TILE: tl.constexpr):
+def dropout_kernel(x_ptr, out_ptr, n, seed_ptr, threshold: tl.uint32, scale, TILE: tl.constexpr):
+    """D(x) of n contiguous elements."""
     first = tl.program_id(0).to(tl.int64) * TILE
     element = first + tl.arange(0, TILE)[None, :]  # as one row [1, n], whose columns may be counted in groups
     x = tl.load(x_ptr + element, mask=element < n).to(tl.float32)
@@ -63,7 +64,7 @@ def philox_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tenso
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        _dropout_kernel[(triton.cdiv(x.numel(), TILE),)](
+        dropout_kernel[(triton.cdiv(x.numel(), TILE),)](
             x, out, x.numel(), seed, keep_threshold(p), keep_scale(p),
             TILE=TILE, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

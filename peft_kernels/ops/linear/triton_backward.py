@@ -25,13 +25,14 @@ class SumsOverGrad(NamedTuple):
 
 def sums_over_grad(a: BackwardArgs, f: ForwardArgs, grad: torch.Tensor) -> SumsOverGrad:
     """One pass over the gradient [M, N], in which blocks of tokens leave partial sums."""
-    (m, n), rank = grad.shape, launch.rank(f)
+    (m, n), lora = grad.shape, f.lora_b is not None
+    need_du = lora and (a.need_x or a.need_lora_a)
+    rank = launch.rank(f) if need_du or a.need_lora_b else 1
     wanted = (
         ((n, rank), f.lora_b if a.need_lora_b else None),
         ((n,), f.column_scale if a.need_column_scale else None),
         ((n,), grad if a.need_bias else None),
     )  # shape, and a tensor of the result's dtype
-    need_du = f.lora_b is not None and (a.need_x or a.need_lora_a)
     if not need_du and all(of is None for _, of in wanted):
         return SumsOverGrad(None, None, None, None)
     tile, ranks = triton_plan.grad_tile(gpu()), rank_tile(rank)

@@ -118,9 +118,10 @@ def _larger(a, b):
 
 
 @triton.jit
-def _quantize_kernel(
+def quantize_kernel(
     weight_ptr, packed_ptr, absmax_ptr, n, packed_size, BLOCKSIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
+    """Codes and absmax of TILE elements, whole blocks of them."""
     blocks: tl.constexpr = TILE // BLOCKSIZE
     first = tl.program_id(0).to(tl.int64) * TILE
     element = first + tl.arange(0, TILE)
@@ -147,10 +148,11 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(
+def dequantize_kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, out_ptr, n, packed_size,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
+    """TILE elements from their codes and absmax, rounded once."""
     blocks: tl.constexpr = TILE // BLOCKSIZE
     first = tl.program_id(0).to(tl.int64) * TILE
     byte = first // 2 + tl.arange(0, TILE // 2)
@@ -180,7 +182,7 @@ def nf4_quantize(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, to
     packed = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     if n:
-        _quantize_kernel[(triton.cdiv(n, TILE),)](
+        quantize_kernel[(triton.cdiv(n, TILE),)](
             weight,
             packed,
             absmax,
@@ -202,7 +204,7 @@ def nf4_dequantize(*args: Any) -> torch.Tensor:
     n = math.prod(shape)
     out = base.weight.new_empty(shape, dtype=dtype)
     if n:
-        _dequantize_kernel[(triton.cdiv(n, TILE),)](
+        dequantize_kernel[(triton.cdiv(n, TILE),)](
             *base[:5], out, n, base.weight.numel(), BLOCKSIZE=base.blocksize, NESTED=nested_blocksize(base),
             TILE=TILE, SHUFFLE=has_shuffle(), num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

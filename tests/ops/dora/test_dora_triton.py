@@ -63,7 +63,7 @@ SHAPES = (
 def test_norm_against_float64(gpu: EmulatedGPU, n: int, k: int, r: int) -> None:
     weight, dtype = WEIGHTS[(n + gpu.arch // 10) % 3], (torch.float32, torch.bfloat16)[n % 2]
     check(n, k, r, weight=weight, dtype=dtype, blocksize=32)
-    assert [launch.name for launch in gpu.launches][-4:] == 2 * ["_squares_kernel", "_finish_kernel"]
+    assert [launch.name for launch in gpu.launches][-4:] == 2 * ["row_squares_kernel", "finish_norms_kernel"]
 
 
 @pytest.mark.gpuless_full

@@ -60,7 +60,7 @@ def test_sizes_equal_reference(gpu: EmulatedGPU, n: int) -> None:
     """Odd and even, one CTA and several, with a partial block and without."""
     for blocksize in (32, 256, 4096):
         assert_same_as_reference(torch.randn(n), blocksize, n % 3 == 0, DTYPES[n % 3 :][:1])
-    assert {launch.name for launch in gpu.launches} == {"_quantize_kernel", "_dequantize_kernel"}
+    assert {launch.name for launch in gpu.launches} == {"quantize_kernel", "dequantize_kernel"}
 
 
 @pytest.mark.parametrize("name", list(adversarial()))
