@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 import peft_kernels as pk
 from factories import WEIGHTS, make_problem
 from peft_kernels.core.backend import resolve
+from peft_kernels.core.library import native_library
 
 OP = torch.ops.peft_kernels.dora_norm
 EACH_WEIGHT = pytest.mark.parametrize("weight", WEIGHTS)
@@ -93,7 +94,11 @@ def test_scaling_is_not_rounded_to_fp32(backend: str) -> None:
     k, scaling = 4096, 1 / 3
     a, b = torch.randn(1, k).sign(), torch.tensor([[1.0], [1.7], [1.3], [0.9]])
     weight = (-0.99 * scaling * b.double() @ a.double()).float()
-    assert error(pk.functional.dora_norm(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
+    # Without a fused multiply-add the update is rounded, here by the same for all elements of a row, and it is
+    # a hundred times as large as what is left.
+    fused = backend == "reference" or native_library().capability != "portable"
+    most = MOST if fused else MOST + 100 * 2**-24
+    assert error(pk.functional.dora_norm(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= most
 
 
 def test_low_rank_parts_that_cancel_each_other(backend: str) -> None:
