@@ -94,7 +94,7 @@ def test_scaling_is_not_rounded_to_fp32(backend: str) -> None:
     k, scaling = 4096, 1 / 3
     a, b = torch.randn(1, k).sign(), torch.tensor([[1.0], [1.7], [1.3], [0.9]])
     weight = (-0.99 * scaling * b.double() @ a.double()).float()
-    # Without a fused multiply-add the update is rounded, here by the same for all elements of a row, and it is
+    # Without a fused multiply-add the update is rounded, here by the same for all of a row, and it is
     # a hundred times as large as what is left.
     fused = backend == "reference" or native_library().capability != "portable"
     most = MOST if fused else MOST + 100 * 2**-24
