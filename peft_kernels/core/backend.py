@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -124,6 +124,7 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
             "it takes float32, bfloat16 and float16 on the CPU: leave use_backend('cpu') for this call"
         )
     op = getattr(torch.ops.peft_kernels, op_name)
+    overload: Callable[..., Any]
     if forced == "reference" or tensor.dtype == torch.float64:
         overload = op.reference
     elif forced == "triton":
@@ -135,7 +136,7 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
         overload = op.triton
     else:
         overload = op.default
-    return cast(Callable[..., Any], overload)
+    return overload
 
 
 def backend_of(op_name: str, device: torch.device | str) -> str:
