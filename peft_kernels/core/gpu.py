@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from peft_kernels.core.checks import check_dtype
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = 65536  # of a multiprocessor, for NVIDIA's GPUs of these architectures
 OLDEST_ARCH = 80  # tensor cores that take bf16 and TF32
 
@@ -36,6 +39,11 @@ class GPU:
         """
         return 32 if self.arch in (100, 103) or self.backend == "hip" else 64
 
+    @property
+    def fp32_precision(self) -> str:
+        """How `tl.dot` takes fp32 operands at fp32's accuracy: as three TF32 products where there are any."""
+        return "tf32x3" if self.backend == "cuda" else "ieee"
+
 
 def gpu() -> GPU:
     """The current GPU.
@@ -57,6 +65,16 @@ def launch_options(warps: int, stages: int = 1, registers: int | None = None) ->
     if gpu().backend == "cuda":  # left to itself, ptxas aims at one more CTA and spills for it
         options["maxnreg"] = registers or min(255, REGISTERS // (2 * 32 * warps))
     return options
+
+
+def check_kernel_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Require a dtype that Triton kernels take: float64 is the reference's."""
+    check_dtype(name, tensor, KERNEL_DTYPES, "or leave use_backend('triton') for this call")
+
+
+def with_plain_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The same matrix: its rows may lie anywhere, but their elements lie side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def why_no_gpu() -> str | None:

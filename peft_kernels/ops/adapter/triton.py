@@ -5,8 +5,7 @@ from typing import Any
 import torch
 import triton
 
-from peft_kernels.core.checks import check_dtype
-from peft_kernels.core.gpu import gpu, launch_options
+from peft_kernels.core.gpu import check_kernel_dtype, gpu, launch_options, with_plain_rows
 from peft_kernels.core.triton_reduce import sum_partials
 from peft_kernels.ops.adapter import triton_kernels as kernels
 from peft_kernels.ops.adapter.schema import (
@@ -17,7 +16,7 @@ from peft_kernels.ops.adapter.schema import (
     differentiated,
 )
 from peft_kernels.ops.adapter.triton_plan import Plan, make_plan, padded, share
-from peft_kernels.ops.dropout.triton import KERNEL_DTYPES, keep_scale, keep_threshold
+from peft_kernels.ops.dropout.triton import keep_arguments
 
 _COLUMNS, _UNITS = 16, 64  # of a tile of up_gradient_kernel
 _CAST_ROWS = 1024  # from which on weights of another dtype are rounded before the kernels
@@ -29,9 +28,9 @@ def bottleneck_adapter(
     """Launch the forward kernels; see `reference.bottleneck_adapter`."""
     a, need_down, need_up = Operands(*rest[:-2]), rest[-2], rest[-1]
     check_bottleneck_adapter(hidden, residual, a)
-    _check_kernel_dtype(hidden)
-    hidden, a = _rows(hidden), _prepared(a, hidden)
-    residual = None if residual is None else _rows(residual)
+    check_kernel_dtype("hidden", hidden)
+    hidden, a = with_plain_rows(hidden), _prepared(a, hidden)
+    residual = None if residual is None else with_plain_rows(residual)
     (m, d), (n, r) = hidden.shape, a.up_weight.shape
     plan = _plan(hidden, a)
     out = hidden.new_empty([m, n], dtype=hidden.dtype if residual is None else residual.dtype)
@@ -61,7 +60,7 @@ def bottleneck_adapter_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     """Launch the backward kernels; see `reference.bottleneck_adapter_backward`."""
     b = BackwardArgs(*args)
     check_bottleneck_adapter_backward(b)
-    _check_kernel_dtype(b.hidden)
+    check_kernel_dtype("hidden", b.hidden)
     wanted = differentiated(b)
     gradients = _gradients(b) if b.hidden.shape[0] and any(needed for _, needed in wanted) else [None] * 7
     return tuple(
@@ -74,7 +73,7 @@ def bottleneck_adapter_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 def _gradients(b: BackwardArgs) -> list[torch.Tensor | None]:
     """The gradients that are needed, in the order of the op's results, of at least one token."""
-    hidden, grad, a = _rows(b.hidden), _rows(b.grad), _prepared(b.operands, b.hidden)
+    hidden, grad, a = with_plain_rows(b.hidden), with_plain_rows(b.grad), _prepared(b.operands, b.hidden)
     (m, d), r = hidden.shape, a.up_weight.shape[1]
     plan = _plan(hidden, a)
     down = hidden.new_empty([m, r]) if b.need_up_weight or b.need_scale else None
@@ -83,7 +82,7 @@ def _gradients(b: BackwardArgs) -> list[torch.Tensor | None]:
     dgates = _sums(hidden, triton.cdiv(r, plan.finish[1]), m) if b.need_gate else None
     upstream = any(part is not None for part in (dz, dbiases, dgates))
     if upstream or down is not None:
-        grad_down = None if b.grad_down is None else _rows(b.grad_down)
+        grad_down = None if b.grad_down is None else with_plain_rows(b.grad_down)
         _narrow(plan, hidden, a, grad if upstream else None, grad_down, down, dz, dbiases, dgates)
     dhidden = ddown_weight = None
     if b.need_hidden:
@@ -113,7 +112,7 @@ def _up_gradients(
     sums = None if down is None else _sums(grad, splits, n, r)
     column_sums = _sums(grad, splits, n) if b.need_up_bias or b.need_scale else None
     _token_product(plan, grad, down, sums, column_sums, a.gate, _dropout(a))
-    weight, bias, scale = _rows(b.up_weight), b.up_bias, b.scale
+    weight, bias, scale = with_plain_rows(b.up_weight), b.up_bias, b.scale
     dweight = weight.new_empty([n, r]) if b.need_up_weight else None
     dbias = bias.new_empty([n]) if b.need_up_bias and bias is not None else None
     dscale = _sums(grad, n) if b.need_scale else None
@@ -223,10 +222,7 @@ def _scale(a: Operands) -> tuple[torch.Tensor | None, int, float]:
 
 
 def _dropout(a: Operands) -> tuple[torch.Tensor | None, int, float]:
-    """The seed, threshold and scale of dropout; no seed where nothing is dropped."""
-    if a.dropout_p == 0.0:
-        return None, 0, 1.0
-    return a.seed, keep_threshold(a.dropout_p), keep_scale(a.dropout_p)
+    return keep_arguments(a.dropout_p, a.seed)
 
 
 def _prepared(a: Operands, hidden: torch.Tensor) -> Operands:
@@ -237,15 +233,10 @@ def _prepared(a: Operands, hidden: torch.Tensor) -> Operands:
     dtype = hidden.dtype if hidden.shape[0] >= _CAST_ROWS else None
     vectors = {name: getattr(a, name) for name in ("down_bias", "up_bias", "scale", "gate")}
     return a._replace(
-        down_weight=_rows(a.down_weight).to(dtype),
-        up_weight=_rows(a.up_weight).to(dtype),
+        down_weight=with_plain_rows(a.down_weight).to(dtype),
+        up_weight=with_plain_rows(a.up_weight).to(dtype),
         **{name: vector.contiguous() for name, vector in vectors.items() if vector is not None},
     )
-
-
-def _rows(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows are contiguous, whatever their stride."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _stride(matrix: torch.Tensor | None) -> int:
@@ -255,7 +246,3 @@ def _stride(matrix: torch.Tensor | None) -> int:
 def _sums(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Room for fp32 partial sums."""
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def _check_kernel_dtype(hidden: torch.Tensor) -> None:
-    check_dtype("hidden", hidden, KERNEL_DTYPES, "or leave use_backend('triton') for this call")

@@ -92,7 +92,7 @@ def make_plan(m: int, d: int, r: int, n: int, dtype: torch.dtype, itemsize: int,
         token_splits=(token_splits(d), token_splits(n)),
         warps=8 if block_m >= 32 and not single and gpu.backend == "cuda" else 4,
         stages=3 if itemsize == dtype.itemsize else 2,
-        precision="tf32x3" if single and gpu.backend == "cuda" else "ieee",
+        precision=gpu.fp32_precision if single else "ieee",
     )
 
 

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from peft_kernels.core.checks import check_dtype
-from peft_kernels.core.gpu import gpu, launch_options
+from peft_kernels.core.gpu import check_kernel_dtype, gpu, launch_options
 from peft_kernels.ops.dora.schema import NormArgs, check_dora_norm
-from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight
+from peft_kernels.ops.nf4.schema import BaseWeight
 from peft_kernels.ops.nf4.triton import (
     code_table,
     contiguous,
@@ -253,7 +252,7 @@ def dora_norm(*args: Any) -> torch.Tensor:
     """
     a = NormArgs(*args)
     check_dora_norm(a)
-    check_dtype("lora_a", a.lora_a, WEIGHT_DTYPES, "or leave use_backend('triton') for this call")
+    check_kernel_dtype("lora_a", a.lora_a)
     base, dense = BaseWeight(*args[:7]), a.absmax is None
     stride_n, stride_k = a.weight.stride() if dense else (0, 0)
     base = base if dense else contiguous(base)

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from peft_kernels.core.checks import check_dtype
+from peft_kernels.core.gpu import check_kernel_dtype
 from peft_kernels.ops.dropout.schema import check_philox_dropout
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 2048  # elements of a CTA: 16 a thread
 _WARPS = 4
 
@@ -60,7 +59,7 @@ def dropout_kernel(x_ptr, out_ptr, n, seed_ptr, threshold: tl.uint32, scale, TIL
 def philox_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Launch the kernel; see `reference.philox_dropout`."""
     check_philox_dropout(x, p, seed)
-    check_dtype("x", x, KERNEL_DTYPES, "or leave use_backend('triton') for this call")
+    check_kernel_dtype("x", x)
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
@@ -79,3 +78,10 @@ def keep_threshold(p: float) -> int:
 def keep_scale(p: float) -> float:
     """Factor of the elements that are kept; as an argument of a kernel it is rounded to fp32."""
     return 1.0 / (1.0 - p)
+
+
+def keep_arguments(p: float, seed: torch.Tensor | None) -> tuple[torch.Tensor | None, int, float]:
+    """Seed, threshold and scale of D as kernels take them; no seed where nothing is dropped."""
+    if p == 0.0:
+        return None, 0, 1.0
+    return seed, keep_threshold(p), keep_scale(p)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels.core.checks import check_dtype
+from peft_kernels.core.gpu import check_kernel_dtype, with_plain_rows
 from peft_kernels.ops.linear.schema import (
     BackwardArgs,
     ForwardArgs,
@@ -14,8 +14,7 @@ from peft_kernels.ops.linear.schema import (
 from peft_kernels.ops.linear.triton_backward import lora_a_gradient, sums_over_grad
 from peft_kernels.ops.linear.triton_forward import Forward
 from peft_kernels.ops.linear.triton_input_gradient import input_gradient
-from peft_kernels.ops.linear.triton_launch import with_plain_rows, with_plain_strides
-from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES
+from peft_kernels.ops.linear.triton_launch import with_plain_strides
 
 
 def adapted_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +25,7 @@ def adapted_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """
     a, save_preactivation = ForwardArgs(*args[:-1]), args[-1]
     check_adapted_linear(a)
-    _check_kernel_dtype(a.x)
+    check_kernel_dtype("x", a.x)
     forward = Forward(a, save_preactivation)
     z = a.x.new_empty(0) if forward.z is None else forward.z
     return forward.y, forward.u, z
@@ -40,7 +39,7 @@ def adapted_linear_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     """
     a = BackwardArgs(*args)
     check_adapted_linear_backward(a)
-    _check_kernel_dtype(a.x)
+    check_kernel_dtype("x", a.x)
     f = with_plain_strides(a.forward, read_x=a.need_lora_a or a.need_input_scale)
     grad = with_plain_rows(a.grad)
     sums = sums_over_grad(a, f, grad)
@@ -57,7 +56,3 @@ def adapted_linear_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(
         (a.x if of is None else of).new_empty(0) if value is None else value for value, of in results
     )
-
-
-def _check_kernel_dtype(x: torch.Tensor) -> None:
-    check_dtype("x", x, WEIGHT_DTYPES, "or leave use_backend('triton') for this call")

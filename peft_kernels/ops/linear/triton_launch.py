@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from triton import cdiv
 
-from peft_kernels.core.gpu import gpu, launch_options
-from peft_kernels.ops.dropout.triton import keep_scale, keep_threshold
+from peft_kernels.core.gpu import gpu, launch_options, with_plain_rows
+from peft_kernels.ops.dropout.triton import keep_arguments
 from peft_kernels.ops.linear import triton_forward_kernels as kernels
 from peft_kernels.ops.linear.schema import ForwardArgs, base_weight
 from peft_kernels.ops.linear.triton_plan import Tile
@@ -33,14 +33,9 @@ def with_plain_strides(a: ForwardArgs, read_x: bool = True) -> ForwardArgs:
     )  # fmt: skip
 
 
-def with_plain_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] whose rows may lie anywhere, but whose elements lie side by side in them."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def precision() -> str:
-    """For products with fp32 operands: three TF32 products keep fp32's accuracy."""
-    return "tf32x3" if gpu().backend == "cuda" else "ieee"
+    """For products with fp32 operands."""
+    return gpu().fp32_precision
 
 
 def options(tile: Tile) -> dict[str, Any]:
@@ -55,9 +50,7 @@ def nf4_format(base: BaseWeight) -> dict[str, Any]:
 
 def dropout(a: ForwardArgs) -> tuple[torch.Tensor | None, int, float]:
     """Seed, threshold and scale of D."""
-    if a.dropout_p == 0.0:
-        return None, 0, 1.0
-    return a.seed, keep_threshold(a.dropout_p), keep_scale(a.dropout_p)
+    return keep_arguments(a.dropout_p, a.seed)
 
 
 def rank(a: ForwardArgs) -> int:

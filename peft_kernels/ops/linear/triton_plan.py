@@ -14,7 +14,7 @@ from peft_kernels.core.gpu import GPU
 SCRATCH_BYTES = 32 << 20  # of one call, beyond its results
 PANEL_BYTES = 16 << 20  # of dequantised weight: stays in the L2 of every GPU from the A100 on
 # Tokens up to which the decode kernel runs, without tensor cores. In 16 bits it takes 5.2 instructions a
-# weight for one token, 9.5 for two; the matmul kernel 7.1 for up to 16. In fp32 the alternative is panels.
+# weight for one token, 9.5 for two; the matmul kernel 7.3 for up to 16. In fp32 the alternative is panels.
 DECODE_TOKENS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 4}
 LARGEST_RANK_TILE = 32  # with 64, epilogues spill
 
