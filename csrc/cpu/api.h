@@ -4,21 +4,13 @@
 
 #include <cstdint>
 
+#include "common/array.h"
+
 namespace peft_kernels::cpu {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
-
-// A row-major array of any of the three dtypes; `data` is null where an optional input is absent.
-struct Array {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
-};
-struct MutableArray {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
-};
+using peft_kernels::Array;
+using peft_kernels::DType;
+using peft_kernels::MutableArray;
 
 // The caller's thread pool. Runs body(context, begin, end) over disjoint ranges that cover [0, tasks), and nothing else
 // on their threads until it returns (scratch belongs to the thread: scratch.h).

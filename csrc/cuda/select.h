@@ -1,0 +1,37 @@
+// Which kernel computes a product with an NF4 weight, in what tiles: the only chooser, a pure function of the problem
+// and the device. Host code without CUDA, in every build: `pk.explain` asks it too (python_bindings/capability.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/array.h"
+
+namespace peft_kernels::cuda {
+
+struct Device {
+  int arch = 0;  // 90 for sm_90
+  int multiprocessors = 0;
+};
+
+// x W^T, or with `by_input` dz W.
+struct Product {
+  bool by_input = false;
+  int64_t tokens = 0, in_features = 0, out_features = 0;  // M, K, N
+  int blocksize_log2 = 0;
+  DType dtype = DType::kFloat32;  // of x, or of dz
+};
+
+enum class Method : int32_t {
+  kElsewhere,  // not a kernel of this backend: Triton's, or panels and a vendor GEMM
+  kGemv,       // linear only
+  kMatmul,
+};
+
+struct Plan {
+  Method method = Method::kElsewhere;
+  int block_tokens = 0;  // tokens of a CTA
+  int splits = 1;        // of the sum, into partial results that are added up in order
+};
+
+}  // namespace peft_kernels::cuda
