@@ -5,7 +5,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "tensors.h"
+#include "linear_operands.h"
 
 namespace peft_kernels::bindings {
 namespace {
@@ -48,71 +48,16 @@ void scaled_matmul(Tensor a, const OptionalTensor& scale, const Tensor& b, Tenso
   }
 }
 
-// What forward and backward share: contiguous inputs, checked against M, K and N. Where the values of x are not read
-// (`reads_x` is false), x may be a stand-in of any strides and is not copied.
-struct Operands {
-  int64_t tokens, in_features, out_features;
-  Tensor x;
-  const void* x_data;  // null where the values are not read
-  std::optional<NF4Tensors> nf4;
-  Tensor dense_weight;  // where nf4 is absent
-  OptionalTensor lora_a, lora_b, column_scale, input_scale;
+// The kernels' view of what forward and backward share.
+struct CpuOperands : Operands {
   cpu::LowRank lowrank;
+  std::optional<cpu::NF4Weight> nf4_weight;
 
-  Operands(const Tensor& x_, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& nested_absmax,
-           const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
-           int64_t blocksize, int64_t out_features_, const OptionalTensor& lora_a_, const OptionalTensor& lora_b_,
-           double scaling, const OptionalTensor& column_scale_, const OptionalTensor& input_scale_, double dropout_p,
-           const OptionalTensor& seed, bool reads_x)
-      : out_features(out_features_),
-        x(reads_x ? as_contiguous(x_) : x_),
-        lora_a(as_contiguous(lora_a_)),
-        lora_b(as_contiguous(lora_b_)),
-        column_scale(as_contiguous(column_scale_)),
-        input_scale(as_contiguous(input_scale_)) {
-    STD_TORCH_CHECK(x.dim() == 2, "x must be [M, K], got ", shape_of(x));
-    x_data = reads_x ? data_of("x", x) : nullptr;
-    tokens = x.size(0);
-    in_features = x.size(1);
-    check_shape("x", x, {tokens, in_features});
-    STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features,
-                    ", ", in_features, "]");
-    if (absmax) {
-      nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                  checked_product(out_features, in_features));
-    } else {
-      check_shape("weight", weight, {out_features, in_features});
-      check_dtype("weight", weight, x.scalar_type());
-      dense_weight = weight;
-    }
-    STD_TORCH_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
-    STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b must be given together");
-    const cpu::Dropout dropout = make_dropout(dropout_p, seed);
-    STD_TORCH_CHECK(lora_a || dropout_p == 0.0, "dropout_p must be 0 without lora_a and lora_b, got ", dropout_p);
-    if (lora_a) {
-      STD_TORCH_CHECK(lora_a->dim() == 2 && lora_a->size(0) > 0, "lora_a must be [r, K] with r > 0, got ",
-                      shape_of(*lora_a));
-      lowrank.rank = lora_a->size(0);
-      check_shape("lora_a", *lora_a, {lowrank.rank, in_features});
-      check_shape("lora_b", *lora_b, {out_features, lowrank.rank});
-      lowrank.a = array("lora_a", lora_a);
-      lowrank.b = array("lora_b", lora_b);
-      lowrank.scaling = static_cast<float>(scaling);
-      lowrank.dropout = dropout;
-      check_float32_or_like_x("lora_a", *lora_a);
-      check_dtype("lora_b", *lora_b, lora_a->scalar_type());
-    }
-    check_vector("column_scale", column_scale, out_features);
-    check_vector("input_scale", input_scale, in_features);
-  }
-
-  void check_float32_or_like_x(const char* name, const Tensor& t) const {
-    if (t.scalar_type() != ScalarType::Float) check_dtype(name, t, x.scalar_type());
-  }
-  void check_vector(const char* name, const OptionalTensor& t, int64_t size) const {
-    if (!t) return;
-    check_shape(name, *t, {size});
-    check_float32_or_like_x(name, *t);
+  template <class... Arguments>
+  explicit CpuOperands(const Arguments&... arguments) : Operands(arguments..., Place::kCpu) {
+    if (nf4) nf4_weight = cpu_weight(*nf4);
+    if (rank == 0) return;
+    lowrank = {rank, array("lora_a", lora_a), array("lora_b", lora_b), scaling, make_dropout(dropout_p, seed)};
   }
 
   // Writes the members that AdaptedLinear and AdaptedLinearBackward have in common.
@@ -122,7 +67,7 @@ struct Operands {
     p.in_features = in_features;
     p.out_features = out_features;
     p.x = {x_data, dtype_of("x", x.scalar_type())};
-    if (nf4) p.nf4 = nf4->weight;
+    if (nf4_weight) p.nf4 = *nf4_weight;
     p.lowrank = lowrank;
     p.column_scale = array("column_scale", column_scale);
     p.input_scale = array("input_scale", input_scale);
@@ -135,11 +80,11 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     int64_t out_features, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
     const OptionalTensor& column_scale, const OptionalTensor& input_scale, const OptionalTensor& bias_,
     double dropout_p, const OptionalTensor& seed, bool save_preactivation) {
-  const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                    out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed, true);
+  const CpuOperands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                       out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed, true);
   const OptionalTensor bias = as_contiguous(bias_);
   in.check_vector("bias", bias, out_features);
-  const int64_t tokens = in.tokens, rank = in.lowrank.rank;
+  const int64_t tokens = in.tokens, rank = in.rank;
   const ScalarType dtype = in.x.scalar_type();
   Tensor y = empty(in.x, {tokens, out_features}, dtype);
   Tensor u = rank ? empty(in.x, {tokens, rank}, ScalarType::Float) : empty(in.x, {0}, ScalarType::Float);
@@ -172,10 +117,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
     bool need_lora_b, bool need_column_scale, bool need_input_scale, bool need_bias) {
   const Tensor grad = as_contiguous(grad_);
   STD_TORCH_CHECK(grad.dim() == 2, "grad must be [M, N], got ", shape_of(grad));
-  const Operands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                    grad.size(1), lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed,
-                    need_lora_a || need_input_scale);
-  const int64_t tokens = in.tokens, rank = in.lowrank.rank;
+  const CpuOperands in(x, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                       grad.size(1), lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed,
+                       need_lora_a || need_input_scale);
+  const int64_t tokens = in.tokens, rank = in.rank;
   const ScalarType dtype = in.x.scalar_type();
   check_shape("grad", grad, {tokens, in.out_features});
   check_dtype("grad", grad, dtype);

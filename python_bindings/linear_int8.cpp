@@ -14,8 +14,8 @@ Tensor nf4_linear_int8(const Tensor& x_, const Tensor& packed, const Tensor& abs
   check_shape("x", x, {tokens, in_features});
   STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features, ", ",
                   in_features, "]");
-  const NF4Tensors nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                       checked_product(out_features, in_features));
+  const NF4Parts nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
+                     checked_product(out_features, in_features));
   const OptionalTensor bias = as_contiguous(bias_);
   if (bias) {
     check_shape("bias", *bias, {out_features});
@@ -27,7 +27,7 @@ Tensor nf4_linear_int8(const Tensor& x_, const Tensor& packed, const Tensor& abs
   problem.in_features = in_features;
   problem.out_features = out_features;
   problem.x = array("x", x);
-  problem.nf4 = nf4.weight;
+  problem.nf4 = cpu_weight(nf4);
   problem.bias = array("bias", bias);
   Tensor y = empty(x, {tokens, out_features}, x.scalar_type());
   problem.y = output(y);

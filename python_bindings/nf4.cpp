@@ -23,10 +23,10 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Optional
                       int64_t blocksize, const std::vector<int64_t>& shape, ScalarType dtype) {
   int64_t count = 1;
   for (const int64_t size : shape) count = checked_product(count, size);
-  const NF4Tensors nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize, count);
+  const NF4Parts nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize, count);
   dtype_of("dtype", dtype);  // checked before memory is allocated
   Tensor out = empty(packed, shape, dtype);
-  cpu::kernels().nf4_dequantize(nf4.weight, count, output(out), torch_threads());
+  cpu::kernels().nf4_dequantize(cpu_weight(nf4), count, output(out), torch_threads());
   return out;
 }
 

@@ -13,51 +13,56 @@ int blocksize_log2(const char* name, int64_t blocksize) {
   return std::countr_zero(static_cast<uint64_t>(blocksize));
 }
 
-cpu::Dropout make_dropout(double p, const OptionalTensor& seed) {
+bool check_dropout(double p, const OptionalTensor& seed, Place place) {
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
   if (seed) {
-    check_shape("seed", *seed, {});
+    check_shape("seed", *seed, {}, place);
     check_dtype("seed", *seed, ScalarType::Long);
   }
-  if (p == 0.0) return {};
-  STD_TORCH_CHECK(seed.has_value(), "seed must be given when dropout_p > 0; pass an int64 0-dim tensor");
-  return {static_cast<uint64_t>(*data_of<int64_t>("seed", *seed)), static_cast<uint32_t>(p * 0x1p32),
-          static_cast<float>(1.0 / (1.0 - p))};
+  STD_TORCH_CHECK(p == 0.0 || seed, "seed must be given when dropout_p > 0; pass an int64 0-dim tensor");
+  return p > 0.0;
 }
 
-NF4Tensors::NF4Tensors(const Tensor& packed_, const Tensor& absmax_, const OptionalTensor& nested_absmax_,
-                       const OptionalTensor& nested_code_, const OptionalTensor& nested_offset,
-                       int64_t nested_blocksize, int64_t blocksize, int64_t count)
+cpu::Dropout make_dropout(double p, const OptionalTensor& seed) {
+  if (!check_dropout(p, seed)) return {};
+  return {static_cast<uint64_t>(*data_of<int64_t>("seed", *seed)), dropout_threshold(p), dropout_scale(p)};
+}
+
+NF4Parts::NF4Parts(const Tensor& packed_, const Tensor& absmax_, const OptionalTensor& nested_absmax_,
+                   const OptionalTensor& nested_code_, const OptionalTensor& nested_offset_, int64_t nested_blocksize,
+                   int64_t blocksize, int64_t count, Place place)
     : packed(as_contiguous(packed_)),
       absmax(as_contiguous(absmax_)),
       nested_absmax(as_contiguous(nested_absmax_)),
-      nested_code(as_contiguous(nested_code_)) {
-  weight.blocksize_log2 = blocksize_log2("blocksize", blocksize);
+      nested_code(as_contiguous(nested_code_)),
+      nested_offset(nested_offset_),
+      blocksize_log2(bindings::blocksize_log2("blocksize", blocksize)) {
   const int64_t blocks = (count + blocksize - 1) / blocksize;
-  check_shape("packed weight", packed, {(count + 1) / 2});
+  check_shape("packed weight", packed, {(count + 1) / 2}, place);
   check_dtype("packed weight", packed, ScalarType::Byte);
-  check_shape("absmax", absmax, {blocks});
-  weight.packed = data_of<uint8_t>("packed weight", packed);
+  check_shape("absmax", absmax, {blocks}, place);
   const bool nested = nested_absmax.has_value();
   STD_TORCH_CHECK(nested_code.has_value() == nested && nested_offset.has_value() == nested,
                   "nested_absmax, nested_code and nested_offset must be given together or not at all");
   if (!nested) {
     check_dtype("absmax", absmax, ScalarType::Float);
-    weight.absmax = data_of<float>("absmax", absmax);
     return;
   }
-  weight.nested_blocksize_log2 = blocksize_log2("nested_blocksize", nested_blocksize);
+  nested_blocksize_log2 = bindings::blocksize_log2("nested_blocksize", nested_blocksize);
   check_dtype("absmax", absmax, ScalarType::Byte);
-  check_shape("nested_absmax", *nested_absmax, {(blocks + nested_blocksize - 1) / nested_blocksize});
-  check_shape("nested_code", *nested_code, {256});
-  check_shape("nested_offset", *nested_offset, {});
+  check_shape("nested_absmax", *nested_absmax, {(blocks + nested_blocksize - 1) / nested_blocksize}, place);
+  check_shape("nested_code", *nested_code, {256}, place);
+  check_shape("nested_offset", *nested_offset, {}, place);
   check_dtype("nested_absmax", *nested_absmax, ScalarType::Float);
   check_dtype("nested_code", *nested_code, ScalarType::Float);
   check_dtype("nested_offset", *nested_offset, ScalarType::Float);
-  weight.absmax_codes = data_of<uint8_t>("absmax", absmax);
-  weight.nested_absmax = data_of<float>("nested_absmax", *nested_absmax);
-  weight.nested_code = data_of<float>("nested_code", *nested_code);
-  weight.nested_offset = *data_of<float>("nested_offset", *nested_offset);
+}
+
+cpu::NF4Weight cpu_weight(const NF4Parts& parts) {
+  cpu::NF4Weight weight;
+  parts.fill(weight);
+  if (parts.nested_offset) weight.nested_offset = *data_of<float>("nested_offset", *parts.nested_offset);
+  return weight;
 }
 
 cpu::ThreadPool torch_threads() {

@@ -42,9 +42,26 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
-// `t` must be on the CPU and have exactly this shape.
-inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
+// Where the tensors of a binding are. A test build of the CUDA bindings runs them in an emulator, on the CPU's tensors.
+enum class Place { kCpu, kGpu };
+
+inline void check_place(const char* name, const Tensor& t, Place place) {
+#ifdef PEFT_KERNELS_EMULATED_CUDA
+  const bool on_gpu = t.is_cpu();
+#else
+  const bool on_gpu = t.is_cuda();
+#endif
+  if (place == Place::kCpu) {
+    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
+  } else {
+    STD_TORCH_CHECK(on_gpu, name, " must be on the GPU like the op's other arguments; move it with .cuda()");
+  }
+}
+
+// `t` must be there and have exactly this shape.
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                        Place place = Place::kCpu) {
+  check_place(name, t, place);
   bool equal = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   std::string wanted;
@@ -60,14 +77,14 @@ inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
                   torch::headeronly::toString(t.scalar_type()));
 }
 
-inline cpu::DType dtype_of(const char* name, ScalarType dtype) {
+inline DType dtype_of(const char* name, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
-      return cpu::DType::kFloat32;
+      return DType::kFloat32;
     case ScalarType::BFloat16:
-      return cpu::DType::kBFloat16;
+      return DType::kBFloat16;
     case ScalarType::Half:
-      return cpu::DType::kFloat16;
+      return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   }
@@ -92,11 +109,9 @@ inline Tensor as_contiguous(const Tensor& t) {
 }
 inline OptionalTensor as_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
-inline cpu::Array array(const char* name, const Tensor& t) {
-  return {data_of(name, t), dtype_of(name, t.scalar_type())};
-}
-inline cpu::Array array(const char* name, const OptionalTensor& t) { return t ? array(name, *t) : cpu::Array{}; }
-inline cpu::MutableArray output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of("output", t.scalar_type())}; }
+inline Array array(const char* name, const Tensor& t) { return {data_of(name, t), dtype_of(name, t.scalar_type())}; }
+inline Array array(const char* name, const OptionalTensor& t) { return t ? array(name, *t) : Array{}; }
+inline MutableArray output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of("output", t.scalar_type())}; }
 
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   return explained("no memory for a result", [&] { return torch::stable::new_empty(like, shape, dtype); });
@@ -110,19 +125,43 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
-// Philox dropout with probability p; inactive for p = 0.
+// Philox dropout with probability p needs a seed. Whether it is active: not for p = 0.
+bool check_dropout(double p, const OptionalTensor& seed, Place place = Place::kCpu);
+
+// The integer below which a random word drops its element, and what the others are multiplied by.
+inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 0x1p32); }
+inline float dropout_scale(double p) { return static_cast<float>(1.0 / (1.0 - p)); }
+
 cpu::Dropout make_dropout(double p, const OptionalTensor& seed);
 
-// Contiguous tensors of an NF4 weight with `count` elements, checked, and the kernels' view of them.
-struct NF4Tensors {
+// Contiguous tensors of an NF4 weight with `count` elements, checked.
+struct NF4Parts {
   Tensor packed, absmax;
-  OptionalTensor nested_absmax, nested_code;
-  cpu::NF4Weight weight;
+  OptionalTensor nested_absmax, nested_code, nested_offset;
+  int blocksize_log2, nested_blocksize_log2 = 0;
 
-  NF4Tensors(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-             const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
-             int64_t blocksize, int64_t count);
+  NF4Parts(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+           const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
+           int64_t blocksize, int64_t count, Place place = Place::kCpu);
+
+  // Writes what the weight of every backend has.
+  template <class Weight>
+  void fill(Weight& weight) const {
+    weight.blocksize_log2 = blocksize_log2;
+    weight.nested_blocksize_log2 = nested_blocksize_log2;
+    weight.packed = data_of<uint8_t>("packed weight", packed);
+    if (!nested_absmax) {
+      weight.absmax = data_of<float>("absmax", absmax);
+      return;
+    }
+    weight.absmax_codes = data_of<uint8_t>("absmax", absmax);
+    weight.nested_absmax = data_of<float>("nested_absmax", *nested_absmax);
+    weight.nested_code = data_of<float>("nested_code", *nested_code);
+  }
 };
+
+// The CPU kernels' view of them.
+cpu::NF4Weight cpu_weight(const NF4Parts& parts);
 
 int blocksize_log2(const char* name, int64_t blocksize);
 
