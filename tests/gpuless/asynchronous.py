@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 
 
 @dataclass

@@ -19,7 +19,7 @@ from gpuless import (
     instructions_wgmma,
 )
 from gpuless.operands import BINDERS, CONTROL, Closure, unsupported
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

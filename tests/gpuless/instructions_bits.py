@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gpuless.instructions_integer import computed
 from gpuless.operands import Closure, assign, constant, dtype_of, instruction, source, target, unsupported
-from gpuless.parser import Instruction, type_bits
+from gpuless.program import Instruction, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.operands import Closure, assign, instruction, predicate, source, target, unsupported
-from gpuless.parser import Instruction, type_bits
+from gpuless.program import Instruction, type_bits
 from gpuless.rounding import bf16_to_f32
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from gpuless.operands import (
     target,
     unsupported,
 )
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

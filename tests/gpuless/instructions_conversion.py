@@ -19,7 +19,7 @@ from gpuless.operands import (
     unsupported,
     wide_target,
 )
-from gpuless.parser import Instruction, split_vector, type_bits
+from gpuless.program import Instruction, split_vector, type_bits
 from gpuless.rounding import f32_to_tf32, flush, fp8_values, to_fp8, to_odd
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.operands import PACKED, Closure, assign, instruction, source, target, unsupported
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 from gpuless.rounding import (
     add_odd,
     bf16_to_f32,

@@ -17,7 +17,7 @@ from gpuless.operands import (
     target,
     unsupported,
 )
-from gpuless.parser import Instruction, type_bits
+from gpuless.program import Instruction, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

@@ -25,7 +25,7 @@ from gpuless.operands import (
     unsupported,
     whole_warp,
 )
-from gpuless.parser import Instruction, split_vector, type_bits
+from gpuless.program import Instruction, split_vector, type_bits
 from gpuless.rounding import bf16_to_f32, fp8_values
 
 if TYPE_CHECKING:

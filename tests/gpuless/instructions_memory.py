@@ -22,7 +22,7 @@ from gpuless.operands import (
     unsupported,
     wide_target,
 )
-from gpuless.parser import Instruction, split_address, split_vector, type_bits
+from gpuless.program import Instruction, split_address, split_vector, type_bits
 from gpuless.rounding import add_odd
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from gpuless.operands import (
     unsupported,
     whole_warp,
 )
-from gpuless.parser import Instruction, Program, split_vector, type_bits
+from gpuless.program import Instruction, Program, split_vector, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

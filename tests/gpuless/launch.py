@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from gpuless.machine import Machine
 from gpuless.memory_global import Argument, GlobalMemory, Segment
-from gpuless.parser import Program, parse
+from gpuless.parameters import SLOT, slot
+from gpuless.parser import parse
+from gpuless.program import Program
 from gpuless.provenance import ANYWHERE, reachable, written
 from gpuless.report import Finding, Report
 from gpuless.statistics import Access
@@ -57,6 +59,7 @@ def launch(
     name: str | None = None,
     argument_names: Sequence[str] | None = None,
     extra_memory: Sequence[Any] = (),
+    memory: Sequence[Any] | Mapping[str, Any] = (),
     strict: bool = True,
     counts: bool = False,
 ) -> Result:
@@ -66,13 +69,15 @@ def launch(
         ptx: its text.
         grid: CTAs in x, y, z; missing ones are 1.
         arguments: CPU tensors or numpy arrays (passed as pointers), None (a null pointer), integers, floats,
-        or bytes
-            (a struct). Parameters beyond them are zero: Triton adds two pointers for scratch memory.
+            or bytes (anything, such as a struct; as many as the parameter has). Parameters beyond them are
+            zero: Triton adds two pointers for scratch memory.
         block: threads in x, y, z; by default what the kernel requires (.reqntid).
         shared: bytes of dynamic shared memory.
         name: of the entry, or a part of it that only one entry has.
         argument_names: for messages and counts; by default the parameters' names in the PTX.
         extra_memory: tensors that the kernel reaches through pointers stored in memory.
+        memory: tensors whose pointers are in arguments that are bytes, by name if names are to be shown: an
+            aligned 8-byte slot with the address of one is an argument of its own. Others are left out.
         strict: raise Report for any finding; otherwise they are in the result.
         counts: count instructions, transactions and bytes (slower).
 
@@ -89,8 +94,8 @@ def launch(
     if not all(grid):
         return Result([])
     reach, writes = _analysis(program)
-    parameters, segments = _pack(program, writes, arguments, argument_names, extra_memory)
-    memory = GlobalMemory(program, segments, reach, counts)
+    parameters, segments = _pack(program, writes, arguments, argument_names, extra_memory, memory)
+    reachable_memory = GlobalMemory(program, segments, reach, counts)
     total = grid[0] * grid[1] * grid[2]
     per_cta = -(-threads[0] * threads[1] * threads[2] // 32) * 32
     machine = _machine(program, threads, min(total, max(1, LANES // per_cta)), shared, counts)
@@ -99,12 +104,12 @@ def launch(
         machine.counts.reset()
     with np.errstate(all="ignore"):
         for first in range(0, total, machine.ctas):
-            machine.run(grid, first, min(machine.ctas, total - first), parameters, memory)
+            machine.run(grid, first, min(machine.ctas, total - first), parameters, reachable_memory)
             if machine.findings:
                 break
     if machine.findings and strict:
         raise Report(program.name, machine.findings)
-    return _result(machine, memory)
+    return _result(machine, reachable_memory)
 
 
 def _block(program: Program, block: Sequence[int] | int | None) -> tuple[int, int, int]:
@@ -137,6 +142,7 @@ def _pack(
     arguments: Sequence[Any],
     names: Sequence[str] | None,
     extra: Sequence[Any],
+    memory: Sequence[Any] | Mapping[str, Any],
 ) -> tuple[dict[str, bytes], list[Segment]]:
     """Parameters as bytes, memory as segments."""
     if len(arguments) > len(program.parameters):
@@ -145,7 +151,7 @@ def _pack(
     blocks: list[tuple[_Block, bool]] = []
     for i, (parameter, value) in enumerate(zip(program.parameters, arguments, strict=False)):
         size = program.parameters[parameter]
-        shown = names[i] if names else parameter
+        shown = names[i] if names else parameter.removeprefix(f"{program.name}_")
         if hasattr(value, "untyped_storage") or isinstance(value, np.ndarray):
             block = _Block.of(shown, parameter, value)
             parameters[parameter] = struct.pack("<Q", block.address)
@@ -153,7 +159,10 @@ def _pack(
         elif isinstance(value, (float, np.floating)) or (value and parameter in program.float_parameters):
             parameters[parameter] = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], float(value))
         elif isinstance(value, bytes):
-            parameters[parameter] = value.ljust(size, b"\0")
+            if len(value) != size:
+                raise ValueError(f"{shown} must have {size} bytes, got {len(value)}")
+            parameters[parameter] = value
+            blocks += _pointed_to(program, parameter, shown, value, memory, writes)
         else:
             parameters[parameter] = (int(value or 0) & (1 << 8 * size) - 1).to_bytes(size, "little")
     blocks += [(_Block.of(f"extra_memory[{i}]", ANYWHERE, tensor), True) for i, tensor in enumerate(extra)]
@@ -163,6 +172,28 @@ def _pack(
         room[len(values) :] = 0
         blocks.append((_Block.of(name, name, room), name in writes))
     return parameters, _segments([(b, w) for b, w in blocks if b.bytes])
+
+
+def _pointed_to(
+    program: Program,
+    parameter: str,
+    shown: str,
+    value: bytes,
+    memory: Sequence[Any] | Mapping[str, Any],
+    writes: frozenset[str],
+) -> list[tuple[_Block, bool]]:
+    """The tensors of `memory` whose addresses are in the slots of a parameter."""
+    named = memory.items() if isinstance(memory, Mapping) else ((None, tensor) for tensor in memory)
+    blocks = [_Block.of(name or "", "", tensor) for name, tensor in named]
+    found = []
+    for offset in range(0, len(value) - SLOT + 1, SLOT):
+        address = int.from_bytes(value[offset : offset + SLOT], "little")
+        place = slot(program, parameter, offset)
+        for block in blocks:
+            if block.address == address and block.bytes:
+                name = block.name or (shown if place == parameter else f"{shown}+{offset}")
+                found.append((replace(block, name=name, parameter=place), place in writes))
+    return found
 
 
 @functools.lru_cache(maxsize=256)

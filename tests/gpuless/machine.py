@@ -19,12 +19,12 @@ from gpuless.instructions_wgmma import matrix_registers
 from gpuless.memory import LOCAL_BASE, SHARED_BASE, LocalMemory
 from gpuless.memory_global import GlobalMemory
 from gpuless.memory_shared import SharedMemory
-from gpuless.parser import Instruction, Program
+from gpuless.program import Instruction, Program
 from gpuless.report import Finding, Unsupported
 from gpuless.statistics import Counts
 
 if TYPE_CHECKING:
-    from gpuless.parser import Symbol
+    from gpuless.program import Symbol
 
 WARP = 32
 MAX_FINDINGS = 20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuless.parser import Instruction, Program, type_bits
+from gpuless.program import Instruction, Program, type_bits
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import UNSIGNED, Lanes, drop, everyone, granule_of, keep, put, rows_of
-from gpuless.parser import Instruction, Program
+from gpuless.program import Instruction, Program
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine
@@ -136,7 +136,7 @@ class GlobalMemory:
         self, m: Machine, ins: Instruction, segment: Segment, byte: NDArray, lanes: Lanes, size: int
     ) -> list[tuple[Segment, NDArray, Lanes]]:
         if len(byte) == 0:
-            return [(segment, byte, lanes)]
+            return []
         own = segment.parameters & self.reach[ins.index]
         if not own:
             message = f"{size} bytes at {self._describe(ins, segment.base + int(byte[0]))}, in memory of"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import Lanes, WindowMemory, everyone, granule_of, keep, put
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 
 if TYPE_CHECKING:
     from gpuless.machine import Machine

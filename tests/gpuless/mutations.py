@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gpuless.memory import space_of
-from gpuless.parser import Instruction, Program, parse
+from gpuless.parser import parse
+from gpuless.program import Instruction, Program
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import LOCAL_BASE
-from gpuless.parser import Instruction, ParseError, split_address, type_bits
+from gpuless.program import Instruction, ParseError, split_address, type_bits
 from gpuless.report import Unsupported
 
 if TYPE_CHECKING:

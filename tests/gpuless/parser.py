@@ -1,4 +1,4 @@
-"""PTX text -> Program: typed instructions, register slots, shared, local and global symbols, parameters.
+"""PTX text -> Program.
 
 Grammar: PTX ISA, sections 4 (syntax), 5 (state spaces, types) and 9 (instructions). Only the chosen entry is
 read; functions that it calls are not.
@@ -12,108 +12,18 @@ import functools
 import itertools
 import math
 import re
-from dataclasses import dataclass, field
 
 import numpy as np
 
-# Bits of a register that holds a value of the type.
-_PACKED = {"pred": 1, "f16x2": 32, "bf16x2": 32, "f32x2": 64, "tf32": 32, "bf16": 16, "e4m3": 8, "e5m2": 8,
-           "e4m3x2": 16, "e5m2x2": 16}  # fmt: skip
-_TYPE = re.compile(r"pred|[bus](8|16|32|64|128)|f(16|32|64)|bf16|tf32|f16x2|bf16x2|f32x2|e4m3(x2)?|e5m2(x2)?")
+from gpuless.parameters import fold_addresses
+from gpuless.program import Instruction, ParseError, Program, Symbol, is_type, type_bits
+
 _STATEMENT = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\](?:\s*\|\s*\w+)?|\([^)]*\)|[^,{}\[\]\s][^,{}\[\]]*")
 _DECLARATION = re.compile(
     r"\.(?P<space>shared|local|global|const)\b(?:\s+\.(?:attribute\([^)]*\)|managed))*(?:\s+\.align\s+(?P<align>\d+))?"
     r"\s+\.(?P<type>\w+)\s+(?P<name>[$\w]+)\s*(?P<array>(?:\[\s*\d*\s*\])*)(?:\s*=\s*(?P<values>[^;]*))?;"
 )
-
-
-class ParseError(ValueError):
-    """The text is not the PTX that this parser knows; the message quotes the line."""
-
-
-@functools.cache
-def _is_type(modifier: str) -> bool:
-    return _TYPE.fullmatch(modifier) is not None
-
-
-@functools.cache
-def type_bits(name: str) -> int:
-    """Width of a value of PTX type `name` in bits."""
-    return _PACKED.get(name) or int(re.sub(r"\D", "", name))
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One statement. ``ld.global.v2.b32 {%r1, %r2}, [%rd1+8]`` has opcode ld, modifiers (global, v2, b32),
-    types (b32,).
-    """
-
-    index: int
-    line: int
-    text: str
-    source: str  # "kernel.py:12", where .loc says so
-    opcode: str
-    modifiers: tuple[str, ...]
-    types: tuple[str, ...]
-    operands: tuple[str, ...]
-    guard: str | None  # predicate register
-    negated: bool
-
-    def has(self, *modifiers: str) -> bool:
-        """True where one of the modifiers is there."""
-        return any(modifier in self.modifiers for modifier in modifiers)
-
-    @property
-    def name(self) -> str:
-        """The opcode with its modifiers."""
-        return ".".join((self.opcode, *self.modifiers))
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A variable. ``offset`` counts from the start of its space; -1 for dynamic shared memory."""
-
-    name: str
-    space: str
-    offset: int
-    bytes: int
-    values: bytes = b""
-
-
-@dataclass(eq=False)
-class Program:
-    """An entry, parsed."""
-
-    name: str
-    instructions: list[Instruction]
-    labels: dict[str, int]
-    branch_tables: dict[str, list[str]]
-    registers: dict[str, tuple[int, int]]  # name -> (bits, slot); slots are counted per width
-    slots: dict[int, int]  # width -> number of registers
-    parameters: dict[str, int]  # name -> bytes
-    float_parameters: frozenset[str]
-    symbols: dict[str, Symbol]
-    shared_bytes: int  # static shared memory
-    local_bytes: int  # a thread's
-    threads: tuple[int, int, int] | None  # .reqntid
-    max_threads: int | None  # .maxntid
-    variables: dict = field(default_factory=dict, repr=False)  # .global and .const: name -> bytes
-
-
-def split_vector(operand: str) -> list[str]:
-    """``{%r1, %r2}`` -> [%r1, %r2]; any other operand is a vector of one."""
-    return (
-        [part.strip() for part in operand.strip("{} ").split(",")] if operand.startswith("{") else [operand]
-    )
-
-
-def split_address(operand: str) -> tuple[str, int]:
-    """``[%rd1+8]`` -> (%rd1, 8)."""
-    match = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
-    if not match:
-        raise ParseError(f"address {operand}")
-    return match[1], int(match[2] or "0", 0)
 
 
 def _blank(match: re.Match[str]) -> str:
@@ -156,6 +66,7 @@ def parse(ptx: str, name: str | None = None) -> Program:
         threads=threads,
         max_threads=maximum[0] * maximum[1] * maximum[2] if maximum else None,
     )
+    fold_addresses(program)
     _assign_slots(program, parser.widths)
     for symbol in program.symbols.values():
         if symbol.space in ("global", "const"):
@@ -282,7 +193,7 @@ class _Body:
                 source=source,
                 opcode=opcode,
                 modifiers=tuple(modifiers),
-                types=tuple(m for m in modifiers if _is_type(m)),
+                types=tuple(m for m in modifiers if is_type(m)),
                 operands=operands,
                 guard=self._resolve(guard) if guard else None,
                 negated=negated == "!",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 
 from gpuless.memory import space_of
-from gpuless.parser import Program, type_bits
+from gpuless.parameters import loaded_slots, slots
+from gpuless.program import Program, split_vector, type_bits
 
 ANYWHERE = ""  # stands for memory that pointers in memory lead to
 
 
 def reachable(program: Program) -> dict[int, frozenset[str]]:
-    """For each memory instruction the parameters and variables from which its address is computed.
+    """For each memory instruction the parameters (their slots) and variables its address is computed from.
 
     A flow-insensitive union over all instructions; a 64-bit value loaded from memory may be any pointer.
     """
-    everything = set(program.parameters) | {
+    everything = set(slots(program)) | {
         s for s, v in program.symbols.items() if v.space in ("global", "const")
     }
     origin: dict[str, set[str]] = {name: {name} for name in (*everything, ANYWHERE)}
@@ -23,8 +24,12 @@ def reachable(program: Program) -> dict[int, frozenset[str]]:
     for ins in program.instructions:
         if not ins.operands or ins.opcode in ("st", "red", "bra"):
             continue
+        if ins.opcode in ("ld", "ldu") and space_of(ins) == "param":
+            outputs = split_vector(ins.operands[0])
+            moves += [([o], [s]) for o, s in zip(outputs, loaded_slots(program, ins), strict=True)]
+            continue
         outputs, *inputs = (_names(o) for o in ins.operands)
-        if ins.opcode in ("ld", "ldu", "atom") and space_of(ins) != "param":
+        if ins.opcode in ("ld", "ldu", "atom"):
             # What memory holds does not come from the pointer to it, but may be a pointer itself.
             inputs = [[*everything, ANYWHERE]] if ins.types and type_bits(ins.types[-1]) == 64 else []
         moves.append((outputs, [name for part in inputs for name in part]))

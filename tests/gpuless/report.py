@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpuless.parser import Instruction
+from gpuless.program import Instruction
 
 
 class Unsupported(NotImplementedError):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuless.memory import Lanes
-from gpuless.parser import Instruction, Program
+from gpuless.program import Instruction, Program
 
 if TYPE_CHECKING:
     from gpuless.machine import Active
