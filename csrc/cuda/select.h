@@ -34,4 +34,9 @@ struct Plan {
   int splits = 1;        // of the sum, into partial results that are added up in order
 };
 
+inline Plan select(const Product&, const Device&) { return {}; }
+
+// Parts of the sum over K of a projection.
+inline int64_t projection_splits(int64_t, int64_t, int64_t, const Device&) { return 1; }
+
 }  // namespace peft_kernels::cuda
