@@ -2,7 +2,6 @@
 #include <exception>
 
 #include "cpu/api.h"
-#include "cuda/select.h"
 
 extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_capabilities() {
   return peft_kernels::cpu::capabilities();
@@ -46,23 +45,4 @@ extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_
 #else
   return "";
 #endif
-}
-
-// What of the CUDA C++ backend computes a product with an NF4 weight: what its launchers are told. Null for nothing of it.
-extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_plan(
-    bool by_input, int64_t tokens, int64_t in_features, int64_t out_features, int64_t blocksize_log2, int32_t dtype,
-    int32_t arch, int32_t multiprocessors) {
-  using namespace peft_kernels::cuda;
-  const Plan plan = select({by_input, tokens, in_features, out_features, static_cast<int>(blocksize_log2),
-                            static_cast<peft_kernels::DType>(dtype)},
-                           {arch, multiprocessors});
-  switch (plan.method) {
-    case Method::kGemv:
-      return "gemv";
-    case Method::kMatmul:
-      return "matmul";
-    case Method::kElsewhere:
-      break;
-  }
-  return nullptr;
 }

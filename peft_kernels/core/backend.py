@@ -181,7 +181,9 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
 
 def has_cuda_kernels() -> bool:
     """Whether CUDA C++ kernels are registered."""
-    return _has_kernel("nf4_dequantize.cuda", "CompositeExplicitAutograd")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        "peft_kernels_cuda::plan", "CompositeExplicitAutograd"
+    )
 
 
 def _has_kernel(overload: str, key: str) -> bool:

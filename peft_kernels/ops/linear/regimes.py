@@ -1,17 +1,14 @@
 """By which methods products with an NF4 weight are computed, on whatever device it is: for `pk.explain`."""
 
-import ctypes
-import functools
-from collections.abc import Callable
-from typing import Any
+import torch
 
 from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
 from peft_kernels.core.gpu import GPU, gpu
-from peft_kernels.core.library import native_library
 from peft_kernels.ops.linear import triton_plan
 
-CUDA_METHODS = {
+CUDA_METHODS = (None, "gemv", "matmul")  # as csrc/cuda/select.h counts them
+CUDA_METHOD_WORDS = {
     "gemv": "CUDA C++, decoded straight into the sums of a GEMV",
     "matmul": "CUDA C++, decoded straight into tensor cores",
 }
@@ -40,34 +37,15 @@ def plans(product: plan.Product) -> dict[str, plan.Plan]:
 
 def method(product: triton_plan.Product, device: GPU, backend: str, *, backward: bool) -> str:
     """What computes a product on a GPU, in words."""
-    if backend == "cuda" and (name := cuda_method(product, device, backward=backward)):
-        return CUDA_METHODS[name]
+    if backend == "cuda" and (name := cuda_method(product, backward=backward)):
+        return CUDA_METHOD_WORDS[name]
     triton = triton_plan.backward_plan if backward else triton_plan.forward_plan
     return TRITON_METHODS[triton(product, device).method]
 
 
-def cuda_method(product: triton_plan.Product, device: GPU, *, backward: bool) -> str | None:
-    """What of the CUDA C++ backend computes a product, "gemv" or "matmul": csrc/cuda/select.h is asked."""
-    name: bytes | None = _native_plan()(
-        backward,
-        product.tokens,
-        product.in_features,
-        product.out_features,
-        product.blocksize.bit_length() - 1,
-        plan.NATIVE_DTYPES.index(product.dtype),
-        device.arch,
-        device.multiprocessors,
+def cuda_method(product: triton_plan.Product, *, backward: bool) -> str | None:
+    """What of the CUDA C++ backend computes a product: its own chooser is asked, csrc/cuda/select.h."""
+    number = torch.ops.peft_kernels_cuda.plan(
+        backward, product.tokens, product.in_features, product.out_features, product.blocksize, product.dtype
     )
-    return None if name is None else name.decode()
-
-
-@functools.cache
-def _native_plan() -> Callable[..., Any]:
-    function = ctypes.CDLL(str(native_library().path)).peft_kernels_cuda_plan
-    integer = ctypes.c_int64
-    function.argtypes = [
-        *(ctypes.c_bool, integer, integer, integer, integer),
-        *(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
-    ]
-    function.restype = ctypes.c_char_p
-    return function
+    return CUDA_METHODS[number]

@@ -50,6 +50,12 @@ define_op(
     f"(Tensor x, {BASE_SCHEMA.replace('? absmax', ' absmax')}, SymInt out_features, Tensor? bias) -> Tensor",
 )
 
+# Which CUDA C++ method computes a product on the current GPU, counted as in `regimes.CUDA_METHODS`.
+torch.library.define(
+    "peft_kernels_cuda::plan",
+    "(bool by_input, int tokens, int in_features, int out_features, int blocksize, ScalarType dtype) -> int",
+)
+
 
 class ForwardArgs(NamedTuple):
     """Arguments of `adapted_linear` in the order of its schema, but for `save_preactivation`."""
