@@ -1,5 +1,7 @@
 """Fixtures for every test: one thread, a fixed seed, poisoned memory, and the choice of backend."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +43,17 @@ def one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """Path of nvcc: a test that needs it is skipped where there is none, but not in CI."""
+    path = shutil.which("nvcc")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("nvcc is missing: CI must have it")
+        pytest.skip("nvcc is not on PATH")
+    return path
 
 
 @pytest.fixture

@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 template <class T>
 void launch_dequantize(const NF4Weight& weight, int64_t count, void* out, cudaStream_t stream) {
-  const int64_t ctas = (count + 2 * kTile - 1) / (2 * kTile);
-  dequantize_kernel<T><<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(weight, count, static_cast<T*>(out));
+  dequantize_kernel<T><<<ceil_div(count, 2 * kTile), kWarps * 32, 0, stream>>>(weight, count, static_cast<T*>(out));
 }
 
 // ---- Quantise ------------------------------------------------------------------------------------------------------
@@ -250,9 +249,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 template <class T>
 void launch_quantize(const void* weight, int64_t count, int blocksize_log2, uint8_t* packed, float* absmax,
                      cudaStream_t stream) {
-  const int64_t ctas = (count + kTile - 1) / kTile;
-  quantize_kernel<T><<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(static_cast<const T*>(weight), count,
-                                                                              blocksize_log2, packed, absmax);
+  quantize_kernel<T><<<ceil_div(count, kTile), kWarps * 32, 0, stream>>>(static_cast<const T*>(weight), count,
+                                                                         blocksize_log2, packed, absmax);
 }
 
 }  // namespace

@@ -77,6 +77,8 @@ class TorchCalls(TorchDispatchMode):
                 raise MissingKernel(f"{func.name()} has no Triton kernel")
             with self:  # for what the launcher calls
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if func._overloadname == "cuda":
+            raise AssertionError("enter TorchCalls before gpuless.cuda: it must see what a CUDA op calls")
         name = func._schema.name.partition("::")[2]
         if name in _ALLOCATE:
             self.made.append(results := func(*args, **kwargs))
