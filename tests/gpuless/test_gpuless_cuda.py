@@ -171,10 +171,10 @@ def test_triton_runs_beside(x: torch.Tensor) -> None:
 def test_torch_calls_of_an_op(x: torch.Tensor, y: torch.Tensor) -> None:
     with TorchCalls(execute=True) as calls, gpuless.cuda(90, sources=SOURCES):
         add(x, y)
-    assert [call.name for call in calls.calls] == ["contiguous"]
-    with gpuless.cuda(90, sources=SOURCES), TorchCalls(execute=True):
-        with pytest.raises(AssertionError, match=r"enter TorchCalls before gpuless\.cuda"):
-            add(x, y)
+    assert [(call.name, call.read_bytes, call.write_bytes) for call in calls.calls] == [("clone", 1200, 1200)]
+    too_late = pytest.raises(AssertionError, match=r"enter TorchCalls before gpuless\.cuda")
+    with gpuless.cuda(90, sources=SOURCES), TorchCalls(execute=True), too_late:
+        add(x, y)
 
 
 def test_an_op_without_kernels(x: torch.Tensor) -> None:
