@@ -131,7 +131,7 @@ def hot_body(code: Sequence[sass.Instruction]) -> list[sass.Instruction]:
         blocks[-1].append(code[i])
 
     def cold(block: list[sass.Instruction]) -> bool:
-        calls = any(each.opcode.startswith("CALL") for each in block)
+        calls = any(each.opcode.startswith("CALL.ABS") for each in block)
         return calls or bool(block and block[0].opcode.startswith("BRA.CONV"))
 
     return [each for block in blocks if not cold(block) for each in block]
