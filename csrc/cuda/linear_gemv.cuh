@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(32 * kGemvWarps) gemv_kernel(const __grid_cons
 
   struct Chunk {
     uint4 top[2], bottom[2];
-    uint32_t absmax[2];
+    typename Scales<2, kNested>::Stored absmax[2];
   } now, next;
   const auto load = [&](Chunk& chunk, int block) {
     const int inside = min(block, blocks - 1);

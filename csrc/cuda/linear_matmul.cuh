@@ -15,7 +15,7 @@ struct MatmulTile {
   static constexpr int kOutputs = 32 * kRowWarps;
   static constexpr int kStageBytes = kTokens * 256;
   static constexpr int kStages = kTokens <= 16 ? 2 : 3;                   // with a table of pairs beside them, two fit
-  static constexpr int kCtas = kTokens <= 8 ? 4 : kTokens <= 16 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kCtas = kTokens <= 16 ? 3 : 2;  // of a multiprocessor
   static constexpr bool kTable = kPairs && kTokens <= 16;                 // else x keeps the load/store unit busy
 };
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   const Scales<kRows, kNested> scales(p.weight, rows, p.in_features);
   int block = part * kChunkBlocks + t;
   uint4 words[kRows], next_words[kRows];
-  uint32_t next_absmax[kRows];
+  typename Scales<kRows, kNested>::Stored next_absmax[kRows];
   const auto load = [&](uint4(&to)[kRows], int half) {
     const int inside = min(block, blocks - 1);
 #pragma unroll
