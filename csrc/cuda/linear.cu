@@ -10,10 +10,10 @@ static const char* launch(const Linear& p, const Plan& plan, cudaStream_t stream
   const auto matmul = [&](auto tile) {
     using Tile = decltype(tile);
     const dim3 grid(ceil_div(p.tokens, Tile::kTokens), ceil_div(p.out_features, Tile::kOutputs));
-    matmul_kernel<T, Tile, kNested><<<grid, Tile::kThreads, 0, stream>>>(p, Opaque{});
+    linear_matmul_kernel<T, Tile, kNested><<<grid, Tile::kThreads, 0, stream>>>(p, Opaque{});
   };
   if (plan.method == Method::kGemv) {
-    gemv_kernel<T, kNested><<<ceil_div(p.out_features, kTileRows), 32 * kGemvWarps, 0, stream>>>(p, Opaque{});
+    linear_gemv_kernel<T, kNested><<<ceil_div(p.out_features, kTileRows), 32 * kGemvWarps, 0, stream>>>(p, Opaque{});
   } else if (plan.block_tokens == 8) {
     matmul(MatmulTile<8, 1>{});
   } else if (plan.block_tokens == 16) {
@@ -30,14 +30,15 @@ template <bool kNested>
 static const char* launch_fp32(const Linear& p, cudaStream_t stream) {
   const unsigned grid = ceil_div(p.out_features, GemvFp32::kOutputs);
   if (p.tokens == 1) {
-    gemv_fp32_kernel<1, kNested><<<grid, GemvFp32::kThreads, 0, stream>>>(p);
+    linear_gemv_fp32_kernel<1, kNested><<<grid, GemvFp32::kThreads, 0, stream>>>(p);
   } else {
-    gemv_fp32_kernel<4, kNested><<<grid, GemvFp32::kThreads, 0, stream>>>(p);
+    linear_gemv_fp32_kernel<4, kNested><<<grid, GemvFp32::kThreads, 0, stream>>>(p);
   }
   return launched();
 }
 
 const char* linear(const Linear& p, const Plan& plan, Stream stream) {
+  if (p.tokens == 0) return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
   const bool nested = p.weight.absmax == nullptr;
   switch (p.x.dtype) {

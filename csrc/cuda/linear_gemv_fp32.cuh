@@ -1,5 +1,5 @@
-// y of up to four fp32 tokens, W unrounded: no tensor cores. A CTA of four warps has 16 outputs, a warp 4 of them, so that
-// an x in registers serves 4 weights. A lane has 32 of a chunk's 1024 inputs, half a block, and adds in fp32.
+// y of up to four fp32 tokens, W unrounded: no tensor cores. A CTA of four warps has 16 outputs, a warp 4 of them, so
+// that an x in registers serves 4 weights. A lane has 32 of a chunk's 1024 inputs, half a block, and adds in fp32.
 #pragma once
 
 #include "cuda/device/epilogue.cuh"
@@ -14,8 +14,7 @@ struct GemvFp32 {
 };
 
 template <int kTokens, bool kNested>
-__global__ void __launch_bounds__(GemvFp32::kThreads, 3)
-    gemv_fp32_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(GemvFp32::kThreads, 3) linear_gemv_fp32_kernel(const __grid_constant__ Linear p) {
   constexpr int kRows = GemvFp32::kRows, kStageBytes = kTokens * 1024;
   constexpr int kRingBytes = GemvFp32::kStages * kStageBytes;
   using Sums = Parts<kTokens, GemvFp32::kOutputs, 1>;
@@ -27,8 +26,8 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3)
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * GemvFp32::kOutputs;
   const int inputs = static_cast<int>(p.in_features), chunks = (inputs + GemvFp32::kChunk - 1) / GemvFp32::kChunk;
 
-  // ---- x: 8 inputs of every lane at a time, [token][lane][half ^ (lane / 4 & 1)][4]: nothing conflicts. A thread copies
-  // 16 bytes of every second token.
+  // ---- x: 8 inputs of every lane at a time, [token][lane][half ^ (lane / 4 & 1)][4]: nothing conflicts. A thread
+  // copies 16 bytes of every second token.
   const int to_lane = (threadIdx.x >> 1) & 31, to_half = threadIdx.x & 1, to_token = threadIdx.x >> 6;
   constexpr int kCopies = (kTokens + 1) / 2;
   const float* x[kCopies];
@@ -43,8 +42,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3)
     const int from = inside ? first + (quarter & 3) * 8 + to_half * 4 : 0;
     if (quarter < 4 * chunks && to_token < kTokens) {
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i)
-        copy_async_16(copy_to + slot * kStageBytes + i * 2048, x[i] + from, inside);
+      for (int i = 0; i < kCopies; ++i) copy_async_16(copy_to + slot * kStageBytes + i * 2048, x[i] + from, inside);
     }
     copy_async_commit();
   };
@@ -61,7 +59,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3)
     codes[r] = reinterpret_cast<const uint4*>(p.weight.packed + rows[r] * (p.in_features / 2));
   uint4 words[kRows], next_words[kRows];
   typename Scales<kRows, kNested>::Stored next_absmax[kRows];
-  const auto load = [&](uint4 (&to)[kRows], int chunk) {
+  const auto load = [&](uint4(&to)[kRows], int chunk) {
     const int piece = min(chunk * 32 + lane, inputs / GemvFp32::kInputs - 1);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) to[r] = load_stream(codes[r] + piece);
@@ -118,8 +116,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3)
   for (int64_t j = lane; j < p.rank; j += 32) {
     float u[kTokens];
 #pragma unroll
-    for (int m = 0; m < kTokens; ++m)
-      u[m] = p.scaling * __ldg(p.u + min(int64_t{m}, p.tokens - 1) * p.rank + j);
+    for (int m = 0; m < kTokens; ++m) u[m] = p.scaling * __ldg(p.u + min(int64_t{m}, p.tokens - 1) * p.rank + j);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float b = element(p.lora_b, rows[r] * p.rank + j);

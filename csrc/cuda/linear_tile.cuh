@@ -24,7 +24,8 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested one is decoded when needed.
+// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested one is decoded when
+// needed.
 template <int kRows, bool kNested>
 class Scales {
  public:
