@@ -1,0 +1,50 @@
+// dz W, the gradient of the input of a linear with an NF4 weight: nf4_linear_backward_input_sm80.
+#include "cuda/input_gradient_kernel.cuh"
+#include "cuda/launch.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+template <class T, int kTokens>
+const char* launch(const InputGradient& p, int splits, cudaStream_t stream) {
+  constexpr int kShared = InputGradientShape<kTokens>::kSharedBytes;
+  const cudaError_t error = cudaFuncSetAttribute(input_gradient_kernel<T, kTokens>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const dim3 grid(static_cast<unsigned>((p.in_features + kInputGradientColumns - 1) / kInputGradientColumns),
+                  static_cast<unsigned>(splits), static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
+  input_gradient_kernel<T, kTokens><<<grid, InputGradientShape<kTokens>::kThreads, kShared, stream>>>(p, splits);
+  if (splits > 1) {
+    if (const char* failure = launched()) return failure;
+    const int64_t threads = p.tokens * p.in_features / 8;
+    finish_input_gradient_kernel<T><<<static_cast<unsigned>((threads + 127) / 128), 128, 0, stream>>>(p, splits);
+  }
+  return launched();
+}
+
+template <class T>
+const char* launch(const InputGradient& p, const Plan& plan, cudaStream_t stream) {
+  switch (plan.block_tokens) {
+    case 8:
+      return launch<T, 8>(p, plan.splits, stream);
+    case 16:
+      return launch<T, 16>(p, plan.splits, stream);
+    case 32:
+      return launch<T, 32>(p, plan.splits, stream);
+    case 64:
+      return launch<T, 64>(p, plan.splits, stream);
+    default:
+      return "input_gradient must have a plan for 8, 16, 32 or 64 tokens";
+  }
+}
+
+}  // namespace
+
+const char* input_gradient(const InputGradient& problem, const Plan& plan, Stream stream) {
+  if (problem.tokens == 0 || problem.in_features == 0) return nullptr;
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return problem.grad.dtype == DType::kBFloat16 ? launch<BFloat16>(problem, plan, s)
+                                                : launch<Float16>(problem, plan, s);
+}
+
+}  // namespace peft_kernels::cuda
