@@ -5,15 +5,15 @@
 namespace peft_kernels::cuda {
 namespace {
 
-template <class T, int kTokens>
+template <class T, int kTokens, bool kNested>
 const char* launch(const InputGradient& p, int splits, cudaStream_t stream) {
-  constexpr int kShared = InputGradientShape<kTokens>::kSharedBytes;
-  const cudaError_t error = cudaFuncSetAttribute(input_gradient_kernel<T, kTokens>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  using S = InputGradientShape<kTokens>;
+  const auto kernel = input_gradient_kernel<T, kTokens, kNested>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const dim3 grid(static_cast<unsigned>((p.in_features + kInputGradientColumns - 1) / kInputGradientColumns),
                   static_cast<unsigned>(splits), static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
-  input_gradient_kernel<T, kTokens><<<grid, InputGradientShape<kTokens>::kThreads, kShared, stream>>>(p, splits);
+  kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(p, splits);
   if (splits > 1) {
     if (const char* failure = launched()) return failure;
     const int64_t threads = p.tokens * p.in_features / 8;
@@ -22,20 +22,25 @@ const char* launch(const InputGradient& p, int splits, cudaStream_t stream) {
   return launched();
 }
 
-template <class T>
+template <class T, bool kNested>
 const char* launch(const InputGradient& p, const Plan& plan, cudaStream_t stream) {
   switch (plan.block_tokens) {
     case 8:
-      return launch<T, 8>(p, plan.splits, stream);
+      return launch<T, 8, kNested>(p, plan.splits, stream);
     case 16:
-      return launch<T, 16>(p, plan.splits, stream);
+      return launch<T, 16, kNested>(p, plan.splits, stream);
     case 32:
-      return launch<T, 32>(p, plan.splits, stream);
+      return launch<T, 32, kNested>(p, plan.splits, stream);
     case 64:
-      return launch<T, 64>(p, plan.splits, stream);
+      return launch<T, 64, kNested>(p, plan.splits, stream);
     default:
       return "input_gradient must have a plan for 8, 16, 32 or 64 tokens";
   }
+}
+
+template <class T>
+const char* launch(const InputGradient& p, const Plan& plan, cudaStream_t stream) {
+  return p.weight.absmax == nullptr ? launch<T, true>(p, plan, stream) : launch<T, false>(p, plan, stream);
 }
 
 }  // namespace

@@ -29,18 +29,19 @@ struct InputGradientShape {
   static constexpr int kWarpColumns = 16 * kBytes;        // of 8 lanes
   static constexpr int kAcross = kInputGradientColumns / kWarpColumns;  // warps side by side
   static constexpr int kDown = kInputGradientWarps / kAcross;           // warps that share the sum
-  static constexpr int kScaleBlocks = 2;                                // most blocks in the columns of a warp
-  static constexpr int kStages = 2;
+  static constexpr int kScaleBlocks = kWarpColumns / 64;                // most blocks in the columns of a warp
+  static constexpr int kSharers = 32 * (kShared ? kAcross : 1);         // threads that share a copy of dz
 
   static constexpr int kThreads = 32 * kInputGradientWarps;
-  static constexpr int kWeightBytes = kInputGradientStep * kWarpColumns / 2;         // of a step of a warp
-  static constexpr int kScaleBytes = kScaleBlocks * kInputGradientStep * 4;          // of a warp
-  static constexpr int kGradBytes = kShared ? kTokens * kInputGradientStep * 2 : 0;  // of a step
+  static constexpr int kScaleBytes = kScaleBlocks * kInputGradientStep * 4;    // of a step of a warp
+  static constexpr int kWeightBytes = kInputGradientStep * kWarpColumns / 2;   // of a step of a warp
+  static constexpr int kGradBytes = kTokens * kInputGradientStep * 2;          // of a step
+  static constexpr int kGradStages = kShared ? 2 : 1;
   // Places in shared memory.
   static constexpr int kScales = PairTable::kBytes;
   static constexpr int kWeights = kScales + kInputGradientWarps * kScaleBytes;
-  static constexpr int kGrads = kWeights + kInputGradientWarps * kStages * kWeightBytes;
-  static constexpr int kRing = kGrads + kDown * kStages * kGradBytes;
+  static constexpr int kGrads = kWeights + kInputGradientWarps * 2 * kWeightBytes;
+  static constexpr int kRing = kGrads + kDown * kGradStages * kGradBytes;
   // What takes their place after the loop: accumulators of half of the warps, then sums.
   static constexpr int kAccumulators = kBytes * kTokenTiles * 4;
   static constexpr int kSumStride = kInputGradientColumns + 4;  // floats
@@ -49,17 +50,19 @@ struct InputGradientShape {
   static constexpr int kSharedBytes = std::max(kRing, std::max(kReduction, kSums));
 };
 
-// absmax of a block as it is in memory.
+// absmax of a block as it is in memory: kNested, the code of it and the absmax of that.
 struct RawScale {
   float absmax;
   uint32_t code;
 };
+template <bool kNested>
 PEFT_KERNELS_DEVICE RawScale load_scale(const NF4Weight& w, uint32_t block) {
-  if (w.absmax != nullptr) return {__ldg(w.absmax + block), 0};
+  if constexpr (!kNested) return {__ldg(w.absmax + block), 0};
   return {__ldg(w.nested_absmax + (block >> w.nested_blocksize_log2)), __ldg(w.absmax_codes + block)};
 }
+template <bool kNested>
 PEFT_KERNELS_DEVICE float scale_of(const NF4Weight& w, const RawScale& raw, float nested_offset) {
-  if (w.absmax != nullptr) return raw.absmax;
+  if constexpr (!kNested) return raw.absmax;
   return __fadd_rn(__fmul_rn(__ldg(w.nested_code + raw.code), raw.absmax), nested_offset);
 }
 
@@ -89,7 +92,13 @@ PEFT_KERNELS_DEVICE void add_last_rows(const InputGradient& p, int64_t row, int6
   }
 }
 
-template <class T, int kTokens>
+// A value that the compiler shall keep, not compute again in every turn of a loop.
+PEFT_KERNELS_DEVICE uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <class T, int kTokens, bool kNested>
 __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens <= 16 ? 2 : 1)
     input_gradient_kernel(const __grid_constant__ InputGradient p, int splits) {
   using S = InputGradientShape<kTokens>;
@@ -102,105 +111,104 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const int column0 = blockIdx.x * kInputGradientColumns + across * S::kWarpColumns;
   const uint32_t shared = shared_address(memory);
 
-  // The loop takes whole steps of rows of W; this warp steps `step`, step + kDown, ... up to `last`. Nothing in it is
-  // masked: what is outside of dz or W (tokens, columns) is read from inside, for results that are not stored.
+  // The loop takes whole steps of rows of W; those of this warp are first + down, first + down + kDown, ... Nothing in
+  // it is masked: what is outside of dz or W (tokens, columns) is read from inside, for results that are not stored.
   const int steps = static_cast<int>(p.out_features / kStep), part = (steps + splits - 1) / splits;
   const int first = blockIdx.y * part, last = min(first + part, steps);
-  int step = first + down;                                           // the next one to fetch
-  int turns = (last - first - (S::kShared ? 0 : down) + S::kDown - 1) / S::kDown;  // alike where warps meet
-  const int64_t row = int64_t{step} * kStep;
+  const int64_t row = int64_t{first + down} * kStep;
 
   // ---- Codes, to shared memory by cp.async. A lane copies 16 bytes of kBytes / 2 rows. Rows 8 t + j, j fixed, stand
   // side by side in a line of 128 bytes, half a row in a line where kBytes is 8: neither copies nor reads conflict.
   constexpr int kChunks = kBytes / 2, kRowsApart = 8 / kChunks;  // of 16 bytes in a row; j of a lane's copies
-  const uint32_t weights = shared + S::kWeights + warp * (S::kStages * S::kWeightBytes);
+  const uint32_t weights = shared + S::kWeights + warp * (2 * S::kWeightBytes);
   const int chunk = lane % kChunks, copy_t = lane / kChunks & 3, copy_j = lane / kChunks / 4;
-  const uint32_t copy_to = weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 +
-                           ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16;
-  const int64_t row_bytes = p.in_features / 2;
-  const int copy_byte = min(column0 / 2 + chunk * 16, static_cast<int>(row_bytes) - 16);
-  const uint8_t* packed = p.weight.packed + (row + 8 * copy_t + copy_j) * row_bytes + copy_byte;
-  const uint32_t read_from = weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8
-                                                    : t * 32 + g * 4);
+  const uint32_t copy_to = keep(weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 +
+                           ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16);
+  const int copy_byte = min(column0 / 2 + chunk * 16, static_cast<int>(p.in_features / 2) - 16);
+  const uint4* packed = reinterpret_cast<const uint4*>(
+      p.weight.packed + (row + 8 * copy_t + copy_j) * (p.in_features / 2) + copy_byte);
+  const uint32_t row_pieces = static_cast<uint32_t>(p.in_features / 32);  // of 16 bytes
+  const uint32_t read_from = keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8
+                                                    : t * 32 + g * 4));
 
-  // ---- dz. Rows 8 t to 8 t + 7 of a token are 16 bytes. A lane's tokens are kGradsApart apart.
-  const int sharer = across * 32 + lane;  // among the threads that share a copy of dz
-  const int grad_token = S::kShared ? sharer / 4 : g, grad_row = S::kShared ? sharer % 4 * 8 : 8 * t;
-  constexpr int kGradsApart = S::kShared ? 8 * S::kAcross : 8, kGradCopies = kTokens / kGradsApart;
-  const T* grad[kGradCopies];
+  // ---- dz, by cp.async too. A thread copies 16 bytes, eight rows, of tokens that are kGradsApart apart.
+  const int sharer = across * 32 + lane;
+  const int grad_token = sharer / 4, grad_row = sharer % 4 * 8;
+  constexpr int kGradsApart = S::kSharers / 4, kGradCopies = kTokens / kGradsApart;
+  const uint4* grad = reinterpret_cast<const uint4*>(static_cast<const T*>(p.grad.data) + row + grad_row);
+  uint32_t grad_pieces[kGradCopies];  // to each of the tokens
 #pragma unroll
   for (int i = 0; i < kGradCopies; ++i) {
     const int64_t token = min(token0 + grad_token + i * kGradsApart, p.tokens - 1);
-    grad[i] = static_cast<const T*>(p.grad.data) + token * p.grad_stride + row + grad_row;
+    grad_pieces[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8)));
   }
-  const uint32_t grads = shared + S::kGrads + down * (S::kStages * S::kGradBytes);
-  uint4 dz[kTokenTiles], next_dz[S::kShared ? 1 : kTokenTiles];
+  const uint32_t grads = shared + S::kGrads + down * (S::kGradStages * S::kGradBytes);
+  const uint32_t grad_to = keep(grads + sharer * 16), grad_from = keep(grads + g * 64 + t * 16);
 
   // ---- Scales: absmax times column_scale. A lane fetches those of row `lane`, all read them from shared memory.
   const int log2 = p.weight.blocksize_log2, row_blocks = static_cast<int>(p.in_features >> log2);
-  const bool two_blocks = S::kWarpColumns >> log2 == 2;
+  const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6;
   const int block0 = min(column0 >> log2, row_blocks - 1), block1 = min(block0 + 1, row_blocks - 1) - block0;
   uint32_t block = static_cast<uint32_t>(row + lane) * row_blocks + block0;
   float* const scales = reinterpret_cast<float*>(memory + S::kScales + warp * S::kScaleBytes);
   const float4* const my_scales = reinterpret_cast<const float4*>(scales + ((2 * kBytes * g) >> log2) * kStep + 8 * t);
-  const float nested_offset = p.weight.absmax == nullptr ? __ldg(p.weight.nested_offset) : 0.0f;
+  const float nested_offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
+  int scale_row = static_cast<int>(row) + lane;
   RawScale raw[2];
   float column_scale = 1.0f;
 
-  const auto fetch = [&](int stage) {
+  const auto fetch = [&](int stage) {  // the next step
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       copy_async_16(copy_to + stage * S::kWeightBytes + i * kRowsApart * 32 * kBytes,
-                    packed + i * kRowsApart * row_bytes);
+                    packed + static_cast<uint64_t>(i * kRowsApart) * row_pieces);
     }
 #pragma unroll
     for (int i = 0; i < kGradCopies; ++i) {
-      if constexpr (S::kShared) {
-        copy_async_16(grads + stage * S::kGradBytes + (sharer + i * 32 * S::kAcross) * 16, grad[i]);
-      } else {
-        next_dz[i] = __ldg(reinterpret_cast<const uint4*>(grad[i]));
-      }
-      grad[i] += S::kDown * kStep;
+      copy_async_16(grad_to + stage % S::kGradStages * S::kGradBytes + i * S::kSharers * 16, grad + grad_pieces[i]);
     }
+    grad += S::kDown * kStep / 8;
     copy_async_commit();
-    raw[0] = load_scale(p.weight, block);
-    if (two_blocks) raw[1] = load_scale(p.weight, block + block1);
-    if (p.column_scale) column_scale = element(p.column_scale, step * kStep + lane);
-    step += S::kDown;
-    packed += S::kDown * kStep * row_bytes;
+    raw[0] = load_scale<kNested>(p.weight, block);
+    if (two_blocks) raw[1] = load_scale<kNested>(p.weight, block + block1);
+    if (p.column_scale) column_scale = element(p.column_scale, scale_row);
+    scale_row += S::kDown * kStep;
+    packed += static_cast<uint64_t>(S::kDown * kStep) * row_pieces;
     block += S::kDown * kStep * row_blocks;
   };
 
   float acc[kBytes][kTokenTiles][4] = {};
-  if (step < last) fetch(0);
+  if (first + down < last) fetch(0);
   table.fill(threadIdx.x, S::kThreads);
   __syncthreads();
   const uint32_t copy = table.copy_of(lane);
   int stage = 0;
 #pragma unroll 1
-  for (; turns > 0; --turns, stage ^= 1) {
-    scales[lane] = scale_of(p.weight, raw[0], nested_offset) * column_scale;
-    if (two_blocks) scales[kStep + lane] = scale_of(p.weight, raw[1], nested_offset) * column_scale;
+  for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
+    scales[lane] = scale_of<kNested>(p.weight, raw[0], nested_offset) * column_scale;
+    if (two_blocks) scales[kStep + lane] = scale_of<kNested>(p.weight, raw[1], nested_offset) * column_scale;
     copy_async_wait<0>();
-    const bool works = !S::kShared || step - S::kDown < last;
+    const bool more = step + S::kDown < last;
     if constexpr (S::kShared) {
-      __syncthreads();
+      __syncthreads();  // of all warps, in every turn
+      if (step >= last) break;
+      if (more) fetch(stage ^ 1);
     } else {
       __syncwarp();
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) dz[j] = next_dz[j];
     }
-    if (step < last) fetch(stage ^ 1);
-    if (!works) continue;
-    if constexpr (S::kShared) {
+    uint4 dz[kTokenTiles];
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        dz[j] = load_shared_16(grads + stage * S::kGradBytes + (8 * j + g) * 64 + t * 16);
-      }
+    for (int j = 0; j < kTokenTiles; ++j) {
+      dz[j] = load_shared_16(grad_from + stage % S::kGradStages * S::kGradBytes + j * 512);
+    }
+    const float4 scale_of_half[2] = {my_scales[0], my_scales[1]};
+    __syncwarp();  // all have read: scales and, where it has one stage, dz may be written again
+    if constexpr (!S::kShared) {
+      if (more) fetch(stage ^ 1);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // rows 8 t to 8 t + 3, then to 8 t + 7
-      const float4 scale = my_scales[half];
+      const float4 scale = scale_of_half[half];
       uint32_t word[4][kBytes / 4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -221,7 +229,6 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
         }
       }
     }
-    __syncwarp();  // before the scales are written again
   }
   copy_async_wait<0>();
   __syncthreads();

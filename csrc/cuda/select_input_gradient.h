@@ -16,14 +16,8 @@ struct InputGradientRow {
   int from_arch;
   int most_tokens;
 };
+inline constexpr int kInputGradientLeastBlocksizeLog2 = 6;  // two blocks in 128 columns
 inline constexpr InputGradientRow kInputGradientRows[] = {{120, 128}, {100, 32}, {90, 64}, {80, 128}};
-
-// Tokens of a CTA. A warp takes at most two blocks of a row: with blocks of 32 only the warps for 64 tokens do, which
-// have 64 columns.
-constexpr int input_gradient_tokens(int64_t tokens, int blocksize_log2) {
-  if (blocksize_log2 == 5 || tokens > 32) return 64;
-  return tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32;
-}
 
 // The sum over n is split where CTAs are fewer than multiprocessors; at least two steps for each warp.
 inline Plan select_input_gradient(const Product& product, const Device& device) {
@@ -35,9 +29,10 @@ inline Plan select_input_gradient(const Product& product, const Device& device) 
       break;
     }
   }
-  const bool whole_blocks = k % (int64_t{1} << product.blocksize_log2) == 0;
+  const bool whole_blocks = product.blocksize_log2 >= kInputGradientLeastBlocksizeLog2 &&
+                            k % (int64_t{1} << product.blocksize_log2) == 0;
   if (product.dtype == DType::kFloat32 || !whole_blocks || m > most_tokens) return {};
-  const int block = input_gradient_tokens(m, product.blocksize_log2);
+  const int block = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;  // tokens of a CTA
   const int64_t columns = (k + kInputGradientColumns - 1) / kInputGradientColumns;
   const int64_t ctas = columns * ((m + block - 1) / block);
   const int64_t wanted = (2 * device.multiprocessors + ctas) / (2 * ctas);  // rounded
