@@ -21,7 +21,7 @@ from peft_kernels import __version__
 from peft_kernels.bench import registry
 from peft_kernels.bench.case import CHECK_SEED, OURS, Case
 from peft_kernels.bench.oracle import compare
-from peft_kernels.core.backend import backend_of
+from peft_kernels.core.backend import backend_of, op_names
 from peft_kernels.core.gpu import gpu, why_no_gpu
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, native_library
 
@@ -29,6 +29,8 @@ LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "numpy")
 ENVIRONMENT = ("PEFT_KERNELS_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
 
 ABSENT = "not installed"
+
+GPU_PARTS = ("nf4_linear_backward_input",)  # ops that only other ops call, and on GPUs alone
 
 Section = dict[str, str]
 
@@ -106,9 +108,9 @@ def native() -> Section:
 def backends() -> Section:
     """What runs each op on each kind of device that is here."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    ops = [op for op in op_names() if op not in GPU_PARTS]
     return {
-        op: ", ".join(f"{backend_of(op, device)} for {device} tensors" for device in devices)
-        for op in sorted(_op_names())
+        op: ", ".join(f"{backend_of(op, device)} for {device} tensors" for device in devices) for op in ops
     }
 
 
@@ -179,11 +181,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def _op_names() -> set[str]:
-    names = (name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names())
-    return {name.removeprefix("peft_kernels::") for name in names if name.startswith("peft_kernels::")}
 
 
 def _check(case: Case) -> SelfTestResult:

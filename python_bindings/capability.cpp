@@ -37,3 +37,12 @@ extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cpu_p
   }
   return nullptr;
 }
+
+// Architectures that this library has CUDA C++ kernels for, comma-separated: "80,90a"; empty for none.
+extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_architectures() {
+#ifdef PEFT_KERNELS_CUDA
+  return PEFT_KERNELS_CUDA;
+#else
+  return "";
+#endif
+}

@@ -1,12 +1,15 @@
 """Fixtures for every test: one thread, a fixed seed, poisoned memory, and the choice of backend."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-EMULATED = (80, 90, 120)  # architectures that GPU kernels are tested on
+EMULATED = (80, 90, 120)  # architectures that Triton's kernels are tested on
+EMULATED_CUDA = (80, 86, 90, 120)  # and CUDA C++ ones
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,14 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the three emulated GPUs, `make test` runs each case on one, in turn; `make test-gpuless` on all."""
+    """Of the emulated GPUs, `make test` runs each case on one, in turn; `make test-gpuless` on all."""
     cases: dict[str, int] = {}
     for item in items:
-        arch = getattr(item, "callspec", None) and item.callspec.params.get("gpu")  # type: ignore[attr-defined]
-        if arch:
-            case = cases.setdefault(item.nodeid.replace(f"sm_{arch}", ""), len(cases))
-            if EMULATED[case % len(EMULATED)] != arch:
-                item.add_marker("gpuless_full")
+        parameters = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+        for fixture, emulated in (("gpu", EMULATED), ("cuda_gpu", EMULATED_CUDA)):
+            if arch := (parameters or {}).get(fixture):
+                case = cases.setdefault(item.nodeid.replace(f"sm_{arch}", ""), len(cases))
+                if emulated[case % len(emulated)] != arch:
+                    item.add_marker("gpuless_full")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,17 @@ def one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """Path of nvcc: a test that needs it is skipped where there is none, but not in CI."""
+    path = shutil.which("nvcc")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("nvcc is missing: CI must have it")
+        pytest.skip("nvcc is not on PATH")
+    return path
 
 
 @pytest.fixture
@@ -85,4 +100,14 @@ def gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
     import peft_kernels as pk
 
     with gpuless.device(request.param) as gpu, pk.use_backend("triton"):
+        yield gpu
+
+
+@pytest.fixture(params=EMULATED_CUDA, ids=lambda arch: f"sm_{arch}")
+def cuda_gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
+    """Run the test on an emulated GPU with CUDA C++ kernels, and Triton's for what they do not take."""
+    import gpuless
+    import peft_kernels as pk
+
+    with gpuless.cuda(request.param) as gpu, pk.use_backend("cuda"):
         yield gpu

@@ -12,7 +12,7 @@ from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
 from peft_kernels.core.gpu import gpu
 from peft_kernels.core.plan import Product
-from peft_kernels.ops.linear import triton_plan
+from peft_kernels.ops.linear import regimes, triton_plan
 
 WEIGHTS = ("dense", "nf4", "nf4_double")
 PARTS = ("lora", "column_scale", "input_scale", "bias")
@@ -126,18 +126,18 @@ class Problem:
         if backend == "reference" or dtype.itemsize != 2:
             return 0.0
         if isinstance(self.weight, torch.Tensor):
-            return (1 if backend == "triton" else 2) * numerics.unit_roundoff(dtype)
+            return (2 if backend.startswith("cpu") else 1) * numerics.unit_roundoff(dtype)
         method = self._method(backend, backward=direction == "backward")
-        exact = ("decode", "look-up GEMV", "fp32 panels")
+        exact = (regimes.TRITON_METHODS["decode"], "look-up GEMV", "fp32 panels")
         return 0.0 if method in exact else numerics.unit_roundoff(dtype)
 
     def _method(self, backend: str, backward: bool) -> str:
         (m, k), n = self.tensors["x"].shape, self.grad.shape[1]
-        if backend == "triton":
-            plan_of = triton_plan.backward_plan if backward else triton_plan.forward_plan
-            return plan_of(triton_plan.Product(m, n, k, self.weight.blocksize, self.grad.dtype), gpu()).method
-        product = Product(k, self.weight.blocksize, self.grad.dtype, self.grad.device)
-        return plan.method(product, m, backward=backward)
+        if backend.startswith("cpu"):
+            product = Product(k, self.weight.blocksize, self.grad.dtype, self.grad.device)
+            return plan.method(product, m, backward=backward)
+        on_gpu = triton_plan.Product(m, n, k, self.weight.blocksize, self.grad.dtype)
+        return regimes.method(on_gpu, gpu(), backend, backward=backward)
 
     def absolute(self) -> numerics.Tensors:
         """Inputs by magnitude."""

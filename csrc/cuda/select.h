@@ -1,5 +1,5 @@
 // Which kernel computes a product with an NF4 weight, in what tiles: the only chooser, a pure function of the problem
-// and the device. Host code without CUDA, in every build: `pk.explain` asks it too (python_bindings/capability.cpp).
+// and the device. Host code without CUDA: `pk.explain` asks it too (python_bindings/cuda/plan.cpp).
 #pragma once
 
 #include <algorithm>
@@ -22,6 +22,7 @@ struct Product {
   DType dtype = DType::kFloat32;  // of x, or of dz
 };
 
+// Numbered as in peft_kernels/ops/linear/regimes.py.
 enum class Method : int32_t {
   kElsewhere,  // not a kernel of this backend: Triton's, or panels and a vendor GEMM
   kGemv,       // linear only
@@ -33,5 +34,10 @@ struct Plan {
   int block_tokens = 0;  // tokens of a CTA
   int splits = 1;        // of the sum, into partial results that are added up in order
 };
+
+inline Plan select(const Product&, const Device&) { return {}; }
+
+// Parts of the sum over K of a projection.
+inline int64_t projection_splits(int64_t, int64_t, int64_t, const Device&) { return 1; }
 
 }  // namespace peft_kernels::cuda

@@ -1,13 +1,14 @@
 """Ops and their implementations: how they are registered, and which one runs.
 
 Each op has a reference in plain PyTorch, registered as its default kernel. Where the native library is
-loaded, its kernels are registered for the CPU key, and Triton's for the CUDA key, and the dispatcher prefers
-them, unless `use_backend` forces something else. float64 always runs on the reference: the kernels compute in
-float32.
+loaded, its kernels are registered for the CPU key, and for the CUDA key its CUDA C++ kernels, where it was
+built with them, or Triton's; the dispatcher prefers them, unless `use_backend` forces something else. float64
+always runs on the reference: the kernels compute in float32.
 
-An op has overloads of one schema: `peft_kernels::<op>`, `.reference` with the reference alone behind it, and
-`.triton` with the Triton kernels, so that a forced backend is an op like any other: opaque to torch.compile,
-and open to opcheck.
+An op has overloads of one schema: `peft_kernels::<op>`, `.reference` with the reference alone behind it,
+`.triton` with the Triton kernels and `.cuda` with the CUDA C++ ones, so that a forced backend is an op like
+any other: opaque to torch.compile, and open to opcheck. Problems that the CUDA C++ kernels of an op do not
+take go on to `.triton`.
 """
 
 import contextlib
@@ -28,28 +29,42 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _forced_backend: ContextVar[str | None] = ContextVar("peft_kernels_forced_backend", default=None)
 
 
-def define_op(op_name: str, signature: str, triton: str | None = None) -> None:
+def define_op(op_name: str, signature: str, triton: str | None = None, cuda: str | None = None) -> None:
     """Define `peft_kernels::<op_name>` and its overloads.
 
     Args:
         op_name: of the op.
         signature: its schema, without the name.
         triton: module with a function `op_name` that launches Triton kernels, imported by its first call.
+        cuda: the same for an op that gets its CUDA C++ kernels by way of Python; others are registered by the
+            native library.
     """
     for overload in _overloads(op_name):
         torch.library.define(overload, signature)
-    if triton is not None:
+    for name, module in (("triton", triton), ("cuda", cuda)):
+        if module is not None:
+            torch.library.impl(f"peft_kernels::{op_name}.{name}", "default", _launcher(op_name, module))
 
-        @_without_autocast
-        def launcher(tensor: torch.Tensor, *args: Any) -> Any:
-            with on_device_of(tensor):
-                if why_no_gpu():  # an old one: `python -m peft_kernels` says so
-                    return getattr(torch.ops.peft_kernels, op_name).reference(tensor, *args)
-                return getattr(importlib.import_module(triton), op_name)(tensor, *args)
 
-        torch.library.impl(f"peft_kernels::{op_name}.triton", "default", launcher)
-        if importlib.util.find_spec("triton") is not None:
+def serve_gpus() -> None:
+    """Register for GPUs what is launched from Python: all that the native library has no kernel for.
+
+    Called once, when the ops are defined and the native library is loaded.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    overloads = ("cuda", "triton") if native_library().cuda_architectures else ("triton",)
+    for op_name in op_names():
+        found = [o for o in overloads if _has_kernel(f"{op_name}.{o}", "CompositeExplicitAutograd")]
+        if found and not _has_kernel(op_name, "CUDA"):
+            launcher = getattr(getattr(torch.ops.peft_kernels, op_name), found[0])
             torch.library.impl(f"peft_kernels::{op_name}", "CUDA", launcher)
+
+
+def op_names() -> list[str]:
+    """All ops of this package."""
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    return sorted(name.removeprefix("peft_kernels::") for name in names if name.startswith("peft_kernels::"))
 
 
 def fake_kernel(op_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -83,8 +98,8 @@ def use_backend(name: str) -> Iterator[None]:
     backend built in. For the same reason the context cannot be entered inside a compiled function.
 
     Args:
-        name: "reference" (plain PyTorch, any device), "cpu" (the native library), "triton" (a GPU); "cuda" is
-            reserved for a backend this version does not have.
+        name: "reference" (plain PyTorch, any device), "cpu" (the native library), "triton" (a GPU), "cuda" (a
+            GPU: the CUDA C++ kernels, and Triton's for problems that they do not take; see `pk.explain`).
 
     Raises:
         ValueError: `name` is not a backend.
@@ -92,10 +107,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "cuda":
-        raise RuntimeError("backend 'cuda' is not part of this version; use 'triton', 'cpu' or 'reference'")
-    if name == "triton" and (reason := why_no_gpu()):
-        raise RuntimeError(f"backend 'triton' needs a GPU: {reason}; use 'cpu' or 'reference'")
+    if name in ("triton", "cuda") and (reason := why_no_gpu()):
+        raise RuntimeError(f"backend {name!r} needs a GPU: {reason}; use 'cpu' or 'reference'")
+    if name == "cuda" and not has_cuda_kernels():
+        raise RuntimeError(
+            "backend 'cuda' needs a native library with CUDA C++ kernels: install the package where nvcc and "
+            "a CUDA build of torch are (PEFT_KERNELS_CUDA=1 says what is missing), or use 'triton'"
+        )
     if name == "cpu" and not native_library().loaded:
         raise RuntimeError(
             f"backend 'cpu' needs the native library: {native_library().reason}; "
@@ -114,7 +132,7 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
 
     Raises:
         RuntimeError: `use_backend("cpu")` is in force and `tensor` is not on the CPU or is float64; or
-            `use_backend("triton")`, and the op has no Triton kernel.
+            `use_backend("triton")` or `("cuda")`, and the op has no such kernel.
     """
     # Dynamo cannot trace ContextVar.get, and need not: inside use_backend nothing is compiled.
     forced = None if torch.compiler.is_compiling() else _forced_backend.get()
@@ -127,34 +145,62 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     overload: Callable[..., Any]
     if forced == "reference" or tensor.dtype == torch.float64:
         overload = op.reference
-    elif forced == "triton":
-        if not _has_kernel(f"{op_name}.triton", "CompositeExplicitAutograd"):
+    elif forced in ("triton", "cuda"):
+        # What the CUDA C++ kernels do not serve at all, Triton's do.
+        kernels = ("cuda", "triton") if forced == "cuda" else ("triton",)
+        found = [k for k in kernels if _has_kernel(f"{op_name}.{k}", "CompositeExplicitAutograd")]
+        if not found:
             raise RuntimeError(
-                f"backend 'triton' is forced, but {op_name} has no Triton kernel: "
-                "leave use_backend('triton') for this call"
+                f"backend {forced!r} is forced, but {op_name} has no {forced.title()} kernel: "
+                f"leave use_backend({forced!r}) for this call"
             )
-        overload = op.triton
+        overload = getattr(op, found[0])
     else:
         overload = op.default
     return overload
 
 
 def backend_of(op_name: str, device: torch.device | str) -> str:
-    """What runs op `op_name` on `device` right now, in words: "cpu (C++ avx512)", "triton" or "reference"."""
+    """What runs op `op_name` on `device` right now, in words.
+
+    "cpu (C++ avx512)", "cuda" (CUDA C++, and Triton for what it does not take), "triton" or "reference".
+    """
     native, forced, device_type = native_library(), _forced_backend.get(), torch.device(device).type
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     has_kernel = key is not None and _has_kernel(op_name, key)
     if forced in ("reference", "triton"):
         return forced
-    if device_type == "cuda" and has_kernel and not why_no_gpu():
-        return "triton"
+    if forced == "cuda" or (device_type == "cuda" and has_kernel and not why_no_gpu()):
+        native_gpu = forced == "cuda" or native.cuda_architectures
+        in_cpp = native_gpu and _has_kernel(f"{op_name}.cuda", "CompositeExplicitAutograd")
+        return "cuda" if in_cpp else "triton"
     if device_type == "cpu" and has_kernel and native.loaded:
         return f"cpu (C++ {native.capability or 'unusable'})"
     return "reference"
 
 
+def has_cuda_kernels() -> bool:
+    """Whether CUDA C++ kernels are registered."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        "peft_kernels_cuda::plan", "CompositeExplicitAutograd"
+    )
+
+
 def _has_kernel(overload: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{overload}", key)
+
+
+def _launcher(op_name: str, module: str) -> Callable[..., Any]:
+    """Calls the function `op_name` of `module`, or the reference where no kernel can run."""
+
+    @_without_autocast
+    def launcher(tensor: torch.Tensor, *args: Any) -> Any:
+        with on_device_of(tensor):
+            if why_no_gpu():  # an old one: `python -m peft_kernels` says so
+                return getattr(torch.ops.peft_kernels, op_name).reference(tensor, *args)
+            return getattr(importlib.import_module(module), op_name)(tensor, *args)
+
+    return launcher
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,4 +218,4 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _overloads(op_name: str) -> tuple[str, ...]:
-    return tuple(f"peft_kernels::{op_name}{overload}" for overload in ("", ".reference", ".triton"))
+    return tuple(f"peft_kernels::{op_name}{overload}" for overload in ("", ".reference", ".triton", ".cuda"))

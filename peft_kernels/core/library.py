@@ -23,6 +23,7 @@ class NativeLibrary:
         capability: instruction set its CPU kernels use, for example "avx512"; None when not loaded, and
             when PEFT_KERNELS_CPU_CAPABILITY names one that this machine lacks (every call then fails).
         capabilities_found: instruction sets it was built for and this machine has; empty when not loaded.
+        cuda_architectures: for which it has CUDA C++ kernels, for example ("80", "90a"); empty for none.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class NativeLibrary:
     reason: str | None
     capability: str | None
     capabilities_found: tuple[str, ...]
+    cuda_architectures: tuple[str, ...] = ()
 
 
 def load_native_library(path: Path) -> NativeLibrary:
@@ -49,7 +51,15 @@ def load_native_library(path: Path) -> NativeLibrary:
         return NativeLibrary(path, False, reason, None, ())
     symbols = ctypes.CDLL(str(path))
     found = (_text(symbols, "peft_kernels_cpu_capabilities") or "").split(",")
-    return NativeLibrary(path, True, None, _text(symbols, "peft_kernels_cpu_capability"), tuple(found))
+    architectures = _text(symbols, "peft_kernels_cuda_architectures") or ""
+    return NativeLibrary(
+        path,
+        True,
+        None,
+        _text(symbols, "peft_kernels_cpu_capability"),
+        tuple(found),
+        tuple(architectures.split(",")) if architectures else (),
+    )
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What only a GPU can show: streams, CUDA graphs, the vendor's GEMMs, and the same numbers as elsewhere."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,9 +8,19 @@ import torch
 
 import peft_kernels as pk
 from factories import WEIGHTS, Problem, make_problem
+from peft_kernels.core.backend import has_cuda_kernels
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU; tests/gpuless runs the same kernels without one", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run every test on Triton's kernels, and on CUDA C++ ones with Triton's for the rest."""
+    if request.param == "cuda" and not has_cuda_kernels():
+        pytest.skip("the native library was built without CUDA C++ kernels (PEFT_KERNELS_CUDA=1 make build)")
+    with pk.use_backend(request.param):
+        yield
 
 
 def on_gpu(problem: Problem) -> Problem:
@@ -31,15 +42,27 @@ def on_gpu(problem: Problem) -> Problem:
 @pytest.mark.parametrize("m", [0, 1, 3, 17, 64, 130, 1025])
 def test_adapted_linear(m: int, weight: str, dtype: torch.dtype) -> None:
     problem = make_problem(m, 515, 1024, r=16, weight=weight, dtype=dtype, dropout_p=0.1)
-    with pk.use_backend("triton"):
-        y, grads = on_gpu(problem).run_with_gradients()
-        problem.check(y.cpu())
-        problem.check_gradients({name: grad.cpu() for name, grad in grads.items()})
+    y, grads = on_gpu(problem).run_with_gradients()
+    problem.check(y.cpu())
+    problem.check_gradients({name: grad.cpu() for name, grad in grads.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("k", [64, 576, 4096])
+@pytest.mark.parametrize("m", [1, 4, 8, 9, 16, 32, 33, 64, 128])
+def test_few_tokens(m: int, k: int, dtype: torch.dtype) -> None:
+    """Small enough for compute-sanitizer; all tiles of the CUDA C++ kernels, which take no input_scale."""
+    parts = ("lora", "column_scale", "bias")
+    problem = make_problem(m, 515, k, r=20, weight="nf4_double", dtype=dtype, parts=parts, dropout_p=0.1)
+    y, grads = on_gpu(problem).run_with_gradients()
+    problem.check(y.cpu())
+    problem.check_gradients({name: grad.cpu() for name, grad in grads.items()})
 
 
 @pytest.mark.parametrize("m", [1, 17, 300])
 def test_other_stream(m: int) -> None:
-    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, dropout_p=0.1))
+    parts = ("lora", "column_scale", "bias")
+    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, parts=parts, dropout_p=0.1))
     expected, _ = problem.run_with_gradients()
     stream = torch.cuda.Stream()
     x = problem.tensors["x"]
@@ -63,6 +86,22 @@ def test_cuda_graph(m: int) -> None:
         y.zero_()
         graph.replay()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_cuda_graph_of_a_training_step(m: int) -> None:
+    parts = ("lora", "column_scale", "bias")
+    problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, parts=parts))
+    expected, expected_grads = problem.run_with_gradients()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # on a side stream
+        y, grads = problem.run_with_gradients()
+    for tensor in (y, *grads.values()):
+        tensor.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected_grads[name]), name
 
 
 @pytest.mark.parametrize("m", [1, 17, 300])

@@ -84,6 +84,7 @@ class EmulatedGPU:
     execute: bool
     strict: bool
     counts: bool
+    multiprocessors: int
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -122,13 +123,13 @@ MOST_CTAS_Y_Z = 65535  # CUDA C++ Programming Guide, "Technical Specifications p
 
 class _Utils:
     def __init__(self, gpu: EmulatedGPU) -> None:
-        self._arch, self._model = gpu.arch, MODELS[gpu.arch]
+        self._gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": self._model.shared_memory,
-            "multiprocessor_count": self._model.multiprocessors,
-            "warpSize": target_of(self._arch).warp_size,
+            "max_shared_mem": MODELS[self._gpu.arch].shared_memory,
+            "multiprocessor_count": self._gpu.multiprocessors,
+            "warpSize": target_of(self._gpu.arch).warp_size,
         }
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, str, int, int, int]:
@@ -216,7 +217,12 @@ def _mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torc
 
 @contextlib.contextmanager
 def device(
-    arch: int | str, *, execute: bool = True, strict: bool = True, counts: bool = False
+    arch: int | str,
+    *,
+    execute: bool = True,
+    strict: bool = True,
+    counts: bool = False,
+    multiprocessors: int | None = None,
 ) -> Iterator[EmulatedGPU]:
     """Make an emulated GPU of compute capability `arch` (90 for sm_90) Triton's device.
 
@@ -225,6 +231,7 @@ def device(
         execute: False compiles and records the launches without running them: tensors may then be large.
         strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
         counts: count instructions, memory transactions and bytes of every launch (slower).
+        multiprocessors: that it has; by default those of the model of this architecture.
 
     Yields:
         The device, with the list of its launches.
@@ -235,7 +242,8 @@ def device(
         raise ValueError(
             f"execute must be False for AMD GPUs, whose code is not emulated, got True for {arch}"
         )
-    gpu, config = EmulatedGPU(arch, execute, strict, counts), triton.runtime.driver
+    multiprocessors = multiprocessors or MODELS[arch].multiprocessors
+    gpu, config = EmulatedGPU(arch, execute, strict, counts, multiprocessors), triton.runtime.driver
     before, originals = config._active, dict(backends)
     backends["nvidia"] = Backend(_PtxCompiler, originals["nvidia"].driver)
     backends["amd"] = Backend(_AmdCompiler, originals["amd"].driver)

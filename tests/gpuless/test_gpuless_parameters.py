@@ -1,22 +1,18 @@
 """Parameters that are structs, as nvcc passes them."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import gpuless
+from gpuless import toolchain
 from gpuless.parameters import slots
 from gpuless.parser import parse
 from gpuless.snippets import module
 from peft_kernels.ops.nf4.reference import NF4_CODE
 
-ROOT = Path(__file__).parents[2]
 CUDA = """
 #include "cuda/device/nf4.cuh"
 using namespace peft_kernels;
@@ -69,17 +65,10 @@ N, K, BLOCK = 40, 128, 64
 
 
 @pytest.fixture(scope="module", params=[80, 90, 120])
-def ptx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        if os.environ.get("CI"):
-            pytest.fail("nvcc is missing: CI must have it")
-        pytest.skip("nvcc is not on PATH")
-    folder = tmp_path_factory.mktemp("cuda")
-    (folder / "product.cu").write_text(CUDA)
-    command = [nvcc, "-ptx", "-std=c++17", "-O3", f"-I{ROOT}/csrc", "--expt-relaxed-constexpr", "-fmad=false"]
-    subprocess.run([*command, f"-arch=compute_{request.param}", "product.cu"], cwd=folder, check=True)
-    return (folder / "product.ptx").read_text()
+def ptx(request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    source = tmp_path_factory.mktemp("cuda") / "product.cu"
+    source.write_text(CUDA)
+    return toolchain.ptx(source, request.param)
 
 
 @pytest.fixture

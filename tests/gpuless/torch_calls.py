@@ -77,6 +77,12 @@ class TorchCalls(TorchDispatchMode):
                 raise MissingKernel(f"{func.name()} has no Triton kernel")
             with self:  # for what the launcher calls
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if func._overloadname == "cuda":
+            raise AssertionError("enter TorchCalls before gpuless.cuda: it must see what a CUDA op calls")
+        if (
+            func is torch.ops.aten.contiguous.default and not args[0].is_contiguous()
+        ):  # by C++: is no view then
+            func, kwargs = torch.ops.aten.clone.default, {"memory_format": torch.contiguous_format}
         name = func._schema.name.partition("::")[2]
         if name in _ALLOCATE:
             self.made.append(results := func(*args, **kwargs))

@@ -9,11 +9,13 @@ from peft_kernels.ops.dropout.reference import dropped
 from peft_kernels.ops.linear.schema import (
     BackwardArgs,
     ForwardArgs,
+    InputGradientArgs,
     Int8Args,
     accumulate_dtype,
     base_weight,
     check_adapted_linear,
     check_adapted_linear_backward,
+    check_nf4_linear_backward_input,
     check_nf4_linear_int8,
 )
 from peft_kernels.ops.nf4.reference import dequantize_absmax, nf4_code, nf4_dequantize, unpack
@@ -115,6 +117,34 @@ def _dense(a: ForwardArgs) -> torch.Tensor:
 def _drop(x: torch.Tensor, a: ForwardArgs) -> torch.Tensor:
     """D(x), and equally D' applied to a gradient [M, K]."""
     return x if a.seed is None or a.dropout_p == 0.0 else dropped(x, a.dropout_p, a.seed)
+
+
+@reference_kernel("nf4_linear_backward_input")
+def nf4_linear_backward_input(*args: Any) -> torch.Tensor:
+    """dx = l_in * ((c * g) W) + D'(du A), in fp32 (fp64 for fp64): `adapted_linear_backward` from du on.
+
+    Args:
+        *args: `InputGradientArgs`.
+
+    Returns:
+        dx [M, K] rounded once to the dtype of grad.
+    """
+    a = InputGradientArgs(*args)
+    check_nf4_linear_backward_input(a)
+    dtype = accumulate_dtype(a.grad.dtype)
+    dz = a.grad.to(dtype)
+    if a.column_scale is not None:
+        dz = dz * a.column_scale
+    shape = (a.grad.shape[1], a.in_features)
+    dx: torch.Tensor = dz @ nf4_dequantize(*base_weight(a), shape, torch.float32).to(dtype)
+    if a.input_scale is not None:
+        dx = dx * a.input_scale
+    if a.du is not None and a.lora_a is not None:
+        low_rank = a.du @ a.lora_a.to(dtype)
+        if a.seed is not None and a.dropout_p > 0.0:
+            low_rank = dropped(low_rank, a.dropout_p, a.seed)
+        dx = dx + low_rank
+    return dx.to(a.grad.dtype)
 
 
 @reference_kernel("nf4_linear_int8")

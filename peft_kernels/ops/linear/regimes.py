@@ -1,20 +1,28 @@
 """By which methods products with an NF4 weight are computed, on whatever device it is: for `pk.explain`."""
 
+import torch
+
 from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
-from peft_kernels.core.gpu import gpu
+from peft_kernels.core.gpu import GPU, gpu
 from peft_kernels.ops.linear import triton_plan
 
-GPU_METHODS = {
-    "decode": "decoded in registers, without tensor cores",
-    "matmul": "decoded tile by tile into tensor cores",
+CUDA_METHODS = (None, "gemv", "matmul")  # as csrc/cuda/select.h counts them
+CUDA_METHOD_WORDS = {
+    "gemv": "CUDA C++, decoded straight into the sums of a GEMV",
+    "matmul": "CUDA C++, decoded straight into tensor cores",
+}
+TRITON_METHODS = {
+    "decode": "Triton, decoded in registers, without tensor cores",
+    "matmul": "Triton, decoded tile by tile into tensor cores",
     "panels": "dequantised panels and a vendor GEMM",
 }
 
 
 def plans(product: plan.Product) -> dict[str, plan.Plan]:
     """The methods for every number of tokens, by direction; none where the reference computes the product."""
-    if backend_of("adapted_linear", product.device) != "triton":
+    backend = backend_of("adapted_linear", product.device)
+    if backend not in ("triton", "cuda"):
         return plan.plans(product)
     device, tokens = gpu(), range(1, plan.MOST_TOKENS + 1)
     # How many outputs there are decides on splits, not on the method: take one.
@@ -22,8 +30,22 @@ def plans(product: plan.Product) -> dict[str, plan.Plan]:
         triton_plan.Product(m, 1, product.in_features, product.blocksize, product.dtype) for m in tokens
     ]
     return {
-        "forward": plan.plan_of([GPU_METHODS[triton_plan.forward_plan(s, device).method] for s in shapes]),
-        "input gradient": plan.plan_of(
-            [GPU_METHODS[triton_plan.backward_plan(s, device).method] for s in shapes]
-        ),
+        "forward": plan.plan_of([method(s, device, backend, backward=False) for s in shapes]),
+        "input gradient": plan.plan_of([method(s, device, backend, backward=True) for s in shapes]),
     }
+
+
+def method(product: triton_plan.Product, device: GPU, backend: str, *, backward: bool) -> str:
+    """What computes a product on a GPU, in words."""
+    if backend == "cuda" and (name := cuda_method(product, backward=backward)):
+        return CUDA_METHOD_WORDS[name]
+    triton = triton_plan.backward_plan if backward else triton_plan.forward_plan
+    return TRITON_METHODS[triton(product, device).method]
+
+
+def cuda_method(product: triton_plan.Product, *, backward: bool) -> str | None:
+    """What of the CUDA C++ backend computes a product: its own chooser is asked, csrc/cuda/select.h."""
+    number = torch.ops.peft_kernels_cuda.plan(
+        backward, product.tokens, product.in_features, product.out_features, product.blocksize, product.dtype
+    )
+    return CUDA_METHODS[number]

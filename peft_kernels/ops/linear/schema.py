@@ -37,10 +37,23 @@ define_op(
     "bool need_bias) -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dcolumn_scale, "
     "Tensor dinput_scale, Tensor dbias)",
     triton="peft_kernels.ops.linear.triton",
+    cuda="peft_kernels.ops.linear.cuda",
+)
+define_op(
+    "nf4_linear_backward_input",
+    f"(Tensor grad, {BASE_SCHEMA.replace('? absmax', ' absmax')}, SymInt in_features, Tensor? column_scale, "
+    "Tensor? du, Tensor? lora_a, Tensor? input_scale, float dropout_p, Tensor? seed) -> Tensor dx",
+    triton="peft_kernels.ops.linear.triton",
 )
 define_op(
     "nf4_linear_int8",
     f"(Tensor x, {BASE_SCHEMA.replace('? absmax', ' absmax')}, SymInt out_features, Tensor? bias) -> Tensor",
+)
+
+# Which CUDA C++ method computes a product on the current GPU, counted as in `regimes.CUDA_METHODS`.
+torch.library.define(
+    "peft_kernels_cuda::plan",
+    "(bool by_input, int tokens, int in_features, int out_features, int blocksize, ScalarType dtype) -> int",
 )
 
 
@@ -66,7 +79,7 @@ class ForwardArgs(NamedTuple):
     seed: torch.Tensor | None  # int64 0-dim
 
 
-def base_weight(args: "ForwardArgs | Int8Args") -> BaseWeight:
+def base_weight(args: "ForwardArgs | InputGradientArgs | Int8Args") -> BaseWeight:
     """The frozen weight's part of the arguments (torch 2.10 cannot trace a NamedTuple's property)."""
     return BaseWeight(*args[1:8])
 
@@ -107,6 +120,26 @@ class BackwardArgs(NamedTuple):
     def forward(self) -> ForwardArgs:
         """What the forward op was called with; the bias plays no part in any gradient."""
         return ForwardArgs(*self[1:9], self.grad.shape[1], *self[9:14], None, *self[14:16])
+
+
+class InputGradientArgs(NamedTuple):
+    """Arguments of `nf4_linear_backward_input` in the order of its schema: the part of a GPU's backward."""
+
+    grad: torch.Tensor  # [M, N]
+    weight: torch.Tensor  # NF4 bytes, and what belongs to them: see NF4Weight
+    absmax: torch.Tensor | None  # the schema has no None
+    nested_absmax: torch.Tensor | None
+    nested_code: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    nested_blocksize: int
+    blocksize: int
+    in_features: int  # K
+    column_scale: torch.Tensor | None  # [N], float32 or the dtype of grad, like lora_a and input_scale
+    du: torch.Tensor | None  # [M, r], accumulate dtype; with lora_a or not at all
+    lora_a: torch.Tensor | None  # [r, K]
+    input_scale: torch.Tensor | None  # [K]
+    dropout_p: float
+    seed: torch.Tensor | None  # int64 0-dim
 
 
 class Int8Args(NamedTuple):
@@ -180,6 +213,33 @@ def check_adapted_linear_backward(args: BackwardArgs) -> None:
     if args.need_column_scale and args.z is not None:
         check_shape("z", args.z, "[M, N]", tuple(grad.shape))
         check_dtype("z", args.z, (x.dtype,))
+
+
+def check_nf4_linear_backward_input(args: InputGradientArgs) -> None:
+    """Argument contract of `nf4_linear_backward_input`."""
+    grad, k = args.grad, args.in_features
+    check_dtype("grad", grad, FLOAT_DTYPES)
+    if grad.dim() != 2:
+        raise ValueError(f"grad must be [M, N], got {list(grad.shape)}; flatten the leading dimensions")
+    n = grad.shape[1]
+    if n < 1 or k < 1:
+        raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {k}]")
+    check_device("weight", args.weight, "grad", grad)
+    check_nf4_format(base_weight(args), (n, k))
+    _check_vector("column_scale", args.column_scale, "[N]", n, grad)
+    _check_vector("input_scale", args.input_scale, "[K]", k, grad)
+    if (args.du is None) != (args.lora_a is None):
+        raise ValueError("du and lora_a must be given together, got one of them")
+    if args.du is not None and args.lora_a is not None:
+        check_shape("lora_a", args.lora_a, "[r, K]", (None, k))
+        check_dtype("lora_a", args.lora_a, (grad.dtype, accumulate_dtype(grad.dtype)), "convert it")
+        check_shape("du", args.du, "[M, r]", (grad.shape[0], args.lora_a.shape[0]))
+        check_dtype("du", args.du, (accumulate_dtype(grad.dtype),))
+    check_probability("dropout_p", args.dropout_p)
+    if args.dropout_p > 0.0:
+        if args.seed is None:
+            raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
+        check_seed(args.seed, "grad", grad)
 
 
 def check_activation(activation: str | None) -> None:
@@ -269,6 +329,13 @@ def _(*args: Any) -> tuple[torch.Tensor, ...]:
         gradient(a.need_input_scale, a.input_scale),
         a.grad.new_empty([a.grad.shape[1]] if a.need_bias else [0]),
     )
+
+
+@fake_kernel("nf4_linear_backward_input")
+def _(*args: Any) -> torch.Tensor:
+    a = InputGradientArgs(*args)
+    check_nf4_linear_backward_input(a)
+    return a.grad.new_empty([a.grad.shape[0], a.in_features])
 
 
 @fake_kernel("nf4_linear_int8")

@@ -1,5 +1,6 @@
 """The ops of the adapted linear on a GPU: Triton kernels and vendor GEMMs, chosen by `triton_plan`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +9,15 @@ from peft_kernels.core.gpu import check_kernel_dtype, with_plain_rows
 from peft_kernels.ops.linear.schema import (
     BackwardArgs,
     ForwardArgs,
+    InputGradientArgs,
+    base_weight,
     check_adapted_linear,
     check_adapted_linear_backward,
+    check_nf4_linear_backward_input,
 )
 from peft_kernels.ops.linear.triton_backward import lora_a_gradient, sums_over_grad
 from peft_kernels.ops.linear.triton_forward import Forward
-from peft_kernels.ops.linear.triton_input_gradient import input_gradient
+from peft_kernels.ops.linear.triton_input_gradient import Gradients, input_gradient
 from peft_kernels.ops.linear.triton_launch import with_plain_strides
 
 
@@ -37,7 +41,11 @@ def adapted_linear_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     Raises:
         ValueError: besides what the contract says, x in float64.
     """
-    a = BackwardArgs(*args)
+    return backward(BackwardArgs(*args), input_gradient)
+
+
+def backward(a: BackwardArgs, input_gradient: Callable[..., Gradients]) -> tuple[torch.Tensor, ...]:
+    """The backward, with a choice of what computes dx and dl_in; see `input_gradient`."""
     check_adapted_linear_backward(a)
     check_kernel_dtype("x", a.x)
     f = with_plain_strides(a.forward, read_x=a.need_lora_a or a.need_input_scale)
@@ -56,3 +64,22 @@ def adapted_linear_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(
         (a.x if of is None else of).new_empty(0) if value is None else value for value, of in results
     )
+
+
+def nf4_linear_backward_input(*args: Any) -> torch.Tensor:
+    """Launch dx alone; see `reference.nf4_linear_backward_input`.
+
+    Raises:
+        ValueError: besides what the contract says, grad in float64.
+    """
+    a = InputGradientArgs(*args)
+    check_nf4_linear_backward_input(a)
+    check_kernel_dtype("grad", a.grad)
+    n, x = a.grad.shape[1], a.grad.new_empty(()).expand(a.grad.shape[0], a.in_features)  # never read
+    f = ForwardArgs(
+        x, *base_weight(a), n, a.lora_a, None, 1.0, a.column_scale, a.input_scale, None, a.dropout_p, a.seed
+    )
+    du = None if a.du is None else a.du.contiguous()
+    dx, _ = input_gradient(with_plain_strides(f, read_x=False), with_plain_rows(a.grad), du, True, False)
+    assert dx is not None
+    return dx

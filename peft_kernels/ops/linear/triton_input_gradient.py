@@ -13,6 +13,8 @@ from peft_kernels.ops.linear import triton_plan
 from peft_kernels.ops.linear.schema import ForwardArgs, base_weight
 from peft_kernels.ops.linear.triton_plan import Plan, Product, Tile, part, rank_tile
 
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass
 class InputGradient:
@@ -90,8 +92,8 @@ class InputGradient:
 
 def input_gradient(
     f: ForwardArgs, grad: torch.Tensor, du: torch.Tensor | None, need_x: bool, need_input_scale: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K] and dl_in [K], those that are needed."""
+) -> Gradients:
+    """dx [M, K] and dl_in [K], those that are needed; rows of grad and all of f are plain."""
     if not (need_x or need_input_scale):
         return None, None
     (m, n), k = grad.shape, f.x.shape[1]

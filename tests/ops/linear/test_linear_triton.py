@@ -250,8 +250,8 @@ def test_explain_knows_the_methods() -> None:
     product = plan.Product(4096, 64, torch.bfloat16, torch.device("cpu"))
     with gpuless.device(90), pk.use_backend("triton"):
         plans = {direction: str(found) for direction, found in regimes.plans(product).items()}
-    registers = "decoded in registers, without tensor cores"
-    tensor_cores = "decoded tile by tile into tensor cores for M"
+    registers = "Triton, decoded in registers, without tensor cores"
+    tensor_cores = "Triton, decoded tile by tile into tensor cores for M"
     panels = "dequantised panels and a vendor GEMM for M >= 65"
     assert plans == {
         "forward": f"{registers} for M = 1, {tensor_cores} = 2 to 64, {panels}",

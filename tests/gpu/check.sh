@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything that a machine with an NVIDIA GPU can show, in one command: `make gpu-check`. Builds the CUDA C++ kernels for
+# the GPU that is there, tests them (under compute-sanitizer too, in CUDA graphs and on side streams), measures every
+# family against its baselines, and leaves the table in bench-cuda.md. Needs nvcc and a CUDA build of torch.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=.venv/bin/python
+
+nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+case $arch in 90 | 100 | 103) arch+=a ;; esac
+PEFT_KERNELS_CUDA=1 PEFT_KERNELS_CUDA_ARCHS="$arch-real" "$python" setup.py --quiet build_ext --inplace
+"$python" -m peft_kernels
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    printf '\n======== compute-sanitizer --tool %s\n' "$tool"
+    # PyTorch's allocator hands out parts of large blocks, beyond whose ends nothing would be noticed.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+      "$python" -m pytest -q tests/gpu -k "test_few_tokens or test_codec or test_dora_norm"
+  done
+else
+  printf '\ncompute-sanitizer is not on the PATH (it comes with the CUDA toolkit): those checks were left out\n'
+fi
+"$python" -m pytest -q tests/gpu
+"$python" -m peft_kernels.bench --device cuda
