@@ -11,13 +11,12 @@ const char* launch(const InputGradient& p, int splits, cudaStream_t stream) {
   const auto kernel = input_gradient_kernel<T, kTokens, kNested>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const dim3 grid(static_cast<unsigned>((p.in_features + kInputGradientColumns - 1) / kInputGradientColumns),
-                  static_cast<unsigned>(splits), static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
+  const dim3 grid(ceil_div(p.in_features, kInputGradientColumns), static_cast<unsigned>(splits),
+                  ceil_div(p.tokens, kTokens));
   kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(p, splits);
   if (splits > 1) {
     if (const char* failure = launched()) return failure;
-    const int64_t threads = p.tokens * p.in_features / 8;
-    finish_input_gradient_kernel<T><<<static_cast<unsigned>((threads + 127) / 128), 128, 0, stream>>>(p, splits);
+    finish_input_gradient_kernel<T><<<ceil_div(p.tokens * p.in_features, 8 * 128), 128, 0, stream>>>(p, splits);
   }
   return launched();
 }

@@ -48,8 +48,8 @@ PEFT_KERNELS_DEVICE void finish_input_gradient(const InputGradient& p, int64_t m
 
 // Adds up the parts of a split sum, in their order. A thread has eight columns of a token.
 template <class T>
-__global__ void __launch_bounds__(128) finish_input_gradient_kernel(const __grid_constant__ InputGradient p,
-                                                                    int splits) {
+__global__ void __launch_bounds__(128)
+    finish_input_gradient_kernel(const __grid_constant__ InputGradient p, int splits) {
   const int64_t count = p.tokens * p.in_features, e = 8 * (int64_t{blockIdx.x} * 128 + threadIdx.x);
   if (e >= count) return;
   float t[1][8] = {};

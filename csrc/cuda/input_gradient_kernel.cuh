@@ -25,17 +25,17 @@ template <int kTokens_>
 struct InputGradientShape {
   static constexpr int kTokens = kTokens_, kTokenTiles = kTokens / 8;
   static constexpr bool kShared = kTokens == 64;
-  static constexpr int kBytes = kShared ? 4 : 8;          // of a row that a lane owns
-  static constexpr int kWarpColumns = 16 * kBytes;        // of 8 lanes
+  static constexpr int kBytes = kShared ? 4 : 8;                        // of a row that a lane owns
+  static constexpr int kWarpColumns = 16 * kBytes;                      // of 8 lanes
   static constexpr int kAcross = kInputGradientColumns / kWarpColumns;  // warps side by side
   static constexpr int kDown = kInputGradientWarps / kAcross;           // warps that share the sum
   static constexpr int kScaleBlocks = kWarpColumns / 64;                // most blocks in the columns of a warp
   static constexpr int kSharers = 32 * (kShared ? kAcross : 1);         // threads that share a copy of dz
 
   static constexpr int kThreads = 32 * kInputGradientWarps;
-  static constexpr int kScaleBytes = kScaleBlocks * kInputGradientStep * 4;    // of a step of a warp
-  static constexpr int kWeightBytes = kInputGradientStep * kWarpColumns / 2;   // of a step of a warp
-  static constexpr int kGradBytes = kTokens * kInputGradientStep * 2;          // of a step
+  static constexpr int kScaleBytes = kScaleBlocks * kInputGradientStep * 4;   // of a step of a warp
+  static constexpr int kWeightBytes = kInputGradientStep * kWarpColumns / 2;  // of a step of a warp
+  static constexpr int kGradBytes = kTokens * kInputGradientStep * 2;         // of a step
   static constexpr int kGradStages = kShared ? 2 : 1;
   // Places in shared memory.
   static constexpr int kScales = PairTable::kBytes;
@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   constexpr int kChunks = kBytes / 2, kRowsApart = 8 / kChunks;  // of 16 bytes in a row; j of a lane's copies
   const uint32_t weights = shared + S::kWeights + warp * (2 * S::kWeightBytes);
   const int chunk = lane % kChunks, copy_t = lane / kChunks & 3, copy_j = lane / kChunks / 4;
-  const uint32_t copy_to = keep(weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 +
-                           ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16);
+  const uint32_t copy_to =
+      keep(weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 + ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16);
   const int copy_byte = min(column0 / 2 + chunk * 16, static_cast<int>(p.in_features / 2) - 16);
-  const uint4* packed = reinterpret_cast<const uint4*>(
-      p.weight.packed + (row + 8 * copy_t + copy_j) * (p.in_features / 2) + copy_byte);
+  const uint4* packed =
+      reinterpret_cast<const uint4*>(p.weight.packed + (row + 8 * copy_t + copy_j) * (p.in_features / 2) + copy_byte);
   const uint32_t row_pieces = static_cast<uint32_t>(p.in_features / 32);  // of 16 bytes
-  const uint32_t read_from = keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8
-                                                    : t * 32 + g * 4));
+  const uint32_t read_from =
+      keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8 : t * 32 + g * 4));
 
   // ---- dz, by cp.async too. A thread copies 16 bytes, eight rows, of tokens that are kGradsApart apart.
   const int sharer = across * 32 + lane;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     if (down >= half && down < 2 * half) {
 #pragma unroll
       for (int i = 0; i < kBytes * kTokenTiles; ++i) {
-        const float(&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
+        const float (&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
         exchange[(slot + i) * 32 + lane] = make_float4(d[0], d[1], d[2], d[3]);
       }
     }
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     if (down < half) {
 #pragma unroll
       for (int i = 0; i < kBytes * kTokenTiles; ++i) {
-        float(&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
+        float (&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
         const float4 other = exchange[(slot + i) * 32 + lane];
         d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
       }
@@ -294,8 +294,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   for (int i = 0; i < kCount; ++i) {
     const int64_t token = token0 + m + i * kApart;
     if (token >= p.tokens) continue;
-    float4* const to =
-        reinterpret_cast<float4*>(p.partials + (blockIdx.y * p.tokens + token) * p.in_features + column);
+    float4* const to = reinterpret_cast<float4*>(p.partials + (blockIdx.y * p.tokens + token) * p.in_features + column);
     to[0] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
     to[1] = make_float4(sum[i][4], sum[i][5], sum[i][6], sum[i][7]);
   }

@@ -1,7 +1,9 @@
 // Rows of the chooser (select.h) for dz W, and the tile that its kernel and its plan agree on.
 #pragma once
 
-#include "cuda/select.h"
+#include <algorithm>
+
+#include "cuda/plan.h"
 
 namespace peft_kernels::cuda {
 
@@ -29,8 +31,8 @@ inline Plan select_input_gradient(const Product& product, const Device& device) 
       break;
     }
   }
-  const bool whole_blocks = product.blocksize_log2 >= kInputGradientLeastBlocksizeLog2 &&
-                            k % (int64_t{1} << product.blocksize_log2) == 0;
+  const bool whole_blocks =
+      product.blocksize_log2 >= kInputGradientLeastBlocksizeLog2 && k % (int64_t{1} << product.blocksize_log2) == 0;
   if (product.dtype == DType::kFloat32 || !whole_blocks || m > most_tokens) return {};
   const int block = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;  // tokens of a CTA
   const int64_t columns = (k + kInputGradientColumns - 1) / kInputGradientColumns;
