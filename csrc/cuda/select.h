@@ -3,12 +3,13 @@
 #pragma once
 
 #include "cuda/plan.h"
+#include "cuda/select_input_gradient.h"
 #include "cuda/select_linear.h"
 
 namespace peft_kernels::cuda {
 
 inline Plan select(const Product& product, const Device& device) {
-  return product.by_input ? Plan{} : select_linear(product, device);
+  return product.by_input ? select_input_gradient(product, device) : select_linear(product, device);
 }
 
 // Parts of the sum over K of a projection.
