@@ -124,6 +124,15 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return remember(device->allow_shared(kernel->second, value));
 }
 
+// Whether there is code for this device is what callers ask: there is.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (device == nullptr) return remember(cudaErrorNoDevice);
+  if (kernels().count(function) == 0) return remember(cudaErrorInvalidDeviceFunction);
+  *attributes = {};
+  attributes->binaryVersion = device->arch;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* number) {
   *number = 0;
   return device == nullptr ? remember(cudaErrorNoDevice) : cudaSuccess;

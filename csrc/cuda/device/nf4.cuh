@@ -20,12 +20,16 @@ constexpr Codes codes() {
 }
 __device__ const Codes kCodes = codes();  // in memory, for an index that is known at run time only
 
-// absmax of a block. A nested one is rounded twice, never contracted.
+// absmax of a block from its code, rounded twice, never contracted. `offset` is what w.nested_offset points to.
+PEFT_KERNELS_DEVICE float decode_absmax(const NF4Weight& w, int64_t block, uint32_t code, float offset) {
+  const float nested = __ldg(w.nested_absmax + (block >> w.nested_blocksize_log2));
+  return __fadd_rn(__fmul_rn(__ldg(w.nested_code + code), nested), offset);
+}
+
+// absmax of a block.
 PEFT_KERNELS_DEVICE float load_absmax(const NF4Weight& w, int64_t block) {
   if (w.absmax != nullptr) return __ldg(w.absmax + block);
-  const float code = __ldg(w.nested_code + __ldg(w.absmax_codes + block));
-  return __fadd_rn(__fmul_rn(code, __ldg(w.nested_absmax + (block >> w.nested_blocksize_log2))),
-                   __ldg(w.nested_offset));
+  return decode_absmax(w, block, __ldg(w.absmax_codes + block), __ldg(w.nested_offset));
 }
 
 // Constants that must come as kernel arguments: written as literals, ptxas folds them, and moves the work back to the

@@ -26,6 +26,20 @@ PEFT_KERNELS_DEVICE void mma<Float16>(float (&d)[4], uint32_t a0, uint32_t a1, u
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same with a (16 x 8) and b (8 x 8) in TF32. Lane 4 g + t holds a: rows g (a0), g + 8 (a1), column t; the same
+// rows, column t + 4 (a2, a3); b: column g, rows t (b0), t + 4 (b1). PTX ISA, "Matrix fragments for mma.m16n8k8".
+PEFT_KERNELS_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+PEFT_KERNELS_DEVICE uint32_t to_tf32(float v) {
+  uint32_t d;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(v));
+  return d;
+}
+
 // Bytes of a and b (0 to 3, 4 to 7) that the nibbles of `selector` name.
 PEFT_KERNELS_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;

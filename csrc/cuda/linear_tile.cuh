@@ -1,0 +1,124 @@
+// What gemv and matmul share: an NF4 weight as the A operand of mma m16n8k16, x as the B operand of 8 tokens.
+//
+// A chunk is 256 inputs, four blocks of 64. Lane 4 g + t decodes block t of row g, and of row g + 8, of a tile of 16
+// rows. The slots of the contraction that the instruction gives to that lane thus stand for other inputs than their
+// numbers say, which changes no sum of products: x is read alike. So a lane has its own absmax, words of codes become
+// operands in registers, and nothing of W goes through shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/device/nf4.cuh"
+
+namespace peft_kernels::cuda {
+
+constexpr int kBlock = 64;       // weights that a lane decodes with one table
+constexpr int kChunkBlocks = 4;  // of a row
+constexpr int kTileRows = 16;
+
+// Where HBM is fast for the number of multiprocessors, half of the rows are decoded by tables of blocks (ALU), half by
+// the table of pairs (load/store unit). Elsewhere the ALU alone is faster than memory, and 32 KiB stay free.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested scale is decoded when
+// needed.
+template <int kRows, bool kNested>
+class Scales {
+ public:
+  PEFT_KERNELS_DEVICE Scales(const NF4Weight& weight, const int64_t (&row)[kRows], int64_t in_features)
+      : weight_(weight) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_[r] = row[r] * (in_features >> weight.blocksize_log2);
+    if constexpr (kNested) offset_ = __ldg(weight.nested_offset);
+  }
+
+  PEFT_KERNELS_DEVICE void load(uint32_t (&raw)[kRows], int block64) const {
+    const int block = block64 >> (weight_.blocksize_log2 - 6);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kNested) {
+        raw[r] = __ldg(weight_.absmax_codes + row_[r] + block);
+      } else {
+        raw[r] = __float_as_uint(__ldg(weight_.absmax + row_[r] + block));
+      }
+    }
+  }
+
+  // absmax, or 0 for a block that is not inside the row: with x zero there too, it adds nothing.
+  PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const uint32_t (&raw)[kRows], int block64,
+                                  bool inside) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kNested) {
+        const int block = block64 >> (weight_.blocksize_log2 - 6);
+        absmax[r] = inside ? decode_absmax(weight_, row_[r] + block, raw[r], offset_) : 0.0f;
+      } else {
+        absmax[r] = inside ? __uint_as_float(raw[r]) : 0.0f;
+      }
+    }
+  }
+
+ private:
+  const NF4Weight& weight_;
+  int64_t row_[kRows];  // its first block
+  float offset_ = 0.0f;
+};
+
+template <class T>
+struct PairDecoder {
+  uint32_t copy;
+  float absmax;
+  PEFT_KERNELS_DEVICE void decode(uint32_t word, uint32_t (&out)[4], Opaque) const {
+    decode_pairs<T>(copy, absmax, word, out);
+  }
+};
+
+// One block of row g and one of row g + 8, the latter with kTable by the table of pairs, of which `copy` is the lane's.
+template <class T, bool kTable>
+struct TileDecoder {
+  BlockTable<T> top;
+  std::conditional_t<kTable, PairDecoder<T>, BlockTable<T>> bottom;
+
+  PEFT_KERNELS_DEVICE TileDecoder(float absmax_top, float absmax_bottom, uint32_t copy)
+      : top(absmax_top), bottom(make_bottom(absmax_bottom, copy)) {}
+
+  // The A operands of 8 weights of each row: a of the first instruction in a[0], of the second in a[1].
+  PEFT_KERNELS_DEVICE void decode(uint32_t word_top, uint32_t word_bottom, uint32_t (&a)[2][4], Opaque opaque) const {
+    uint32_t upper[4], lower[4];
+    top.decode(word_top, upper, opaque);
+    bottom.decode(word_bottom, lower, opaque);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      a[half][0] = upper[2 * half];
+      a[half][1] = lower[2 * half];
+      a[half][2] = upper[2 * half + 1];
+      a[half][3] = lower[2 * half + 1];
+    }
+  }
+
+ private:
+  PEFT_KERNELS_DEVICE static auto make_bottom(float absmax, uint32_t copy) {
+    if constexpr (kTable) {
+      return PairDecoder<T>{copy, absmax};
+    } else {
+      return BlockTable<T>(absmax);
+    }
+  }
+};
+
+// d += 16 rows times 8 inputs of 8 tokens.
+template <class T>
+PEFT_KERNELS_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[2][4], uint4 x) {
+  mma<T>(d, a[0][0], a[0][1], a[0][2], a[0][3], x.x, x.y);
+  mma<T>(d, a[1][0], a[1][1], a[1][2], a[1][3], x.z, x.w);
+}
+
+PEFT_KERNELS_DEVICE uint32_t component(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+}  // namespace peft_kernels::cuda
