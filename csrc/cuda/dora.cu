@@ -11,11 +11,11 @@ namespace {
 
 template <class Weight>
 void launch_squares(const DoraNorm& p, int64_t splits, cudaStream_t stream) {
-  const int64_t columns = int64_t{ceil_div(ceil_div(p.in_features, splits), kNormColumns)} * kNormColumns;
+  const int columns = static_cast<int>(ceil_div(ceil_div(p.in_features, splits), kNormColumns)) * kNormColumns;
   const float high = static_cast<float>(p.scaling);
   const NormScaling scaling{high, static_cast<float>(p.scaling - static_cast<double>(high))};
-  const int64_t ranks = p.rank <= kNormResident ? p.rank : kNormRanks;
-  const size_t b_bytes = ceil_div(ranks, kNormRanks) * kNormRanks * kNormRows * sizeof(float);
+  const int64_t ranks = p.rank <= kNormResident ? (p.rank + 7) / 8 * 8 : kNormRanks;  // in eights: store_b
+  const size_t b_bytes = ranks * kNormRows * sizeof(float);
   const auto ctas = static_cast<unsigned>(p.rank + ceil_div(p.out_features, kNormRows) * splits);
   row_squares_kernel<Weight><<<ctas, kNormThreads, b_bytes, stream>>>(p, columns, scaling);
 }
@@ -38,7 +38,7 @@ void launch_dense(const DoraNorm& p, int64_t splits, cudaStream_t stream) {
 const char* dora_norm(const DoraNorm& problem, int64_t splits, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (problem.weight.packed != nullptr) {
-    const bool words = problem.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(problem.weight.packed) % 4 == 0;
+    const bool words = problem.in_features % 32 == 0 && reinterpret_cast<uintptr_t>(problem.weight.packed) % 16 == 0;
     words ? launch_squares<NormNF4>(problem, splits, on) : launch_squares<NormElements>(problem, splits, on);
   } else if (problem.dense.dtype == DType::kBFloat16) {
     launch_dense<BFloat16>(problem, splits, on);

@@ -3,6 +3,7 @@
 // What the test is, and why it is enough: peft_kernels/ops/dora/README.md.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "cuda/api.h"
@@ -36,16 +37,8 @@ PEFT_KERNELS_DEVICE float2 unpack_pair(uint32_t word, Float16) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-// Elements i to i + 3 of an array, zeros from the `count`th on; `whole` if they lie on a multiple of their size.
-PEFT_KERNELS_DEVICE float4 load_four(const Array& array, int64_t i, int64_t count, bool whole) {
-  if (whole && count >= 4) {
-    if (array.dtype == DType::kFloat32) return __ldg(reinterpret_cast<const float4*>(array.data) + (i >> 2));
-    const uint2 words = __ldg(reinterpret_cast<const uint2*>(array.data) + (i >> 2));
-    const bool bfloat = array.dtype == DType::kBFloat16;
-    const float2 low = bfloat ? unpack_pair(words.x, BFloat16{}) : unpack_pair(words.x, Float16{});
-    const float2 high = bfloat ? unpack_pair(words.y, BFloat16{}) : unpack_pair(words.y, Float16{});
-    return make_float4(low.x, low.y, high.x, high.y);
-  }
+// Elements i to i + 3 of an array, zeros from the `count`th on.
+PEFT_KERNELS_DEVICE float4 load_four(const Array& array, int64_t i, int64_t count) {
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (count > 0) v.x = element(array, i);
   if (count > 1) v.y = element(array, i + 1);
@@ -58,71 +51,99 @@ PEFT_KERNELS_DEVICE bool fours_are_whole(const Array& array, int64_t columns) {
   return columns % 4 == 0 && reinterpret_cast<uintptr_t>(array.data) % size == 0;
 }
 
-// ---- Ways to read W: columns of a thread, and its eight in one row -------------------------------------------------
+PEFT_KERNELS_DEVICE float4 to_floats(float4 v, float) { return v; }
+template <class T>
+PEFT_KERNELS_DEVICE float4 to_floats(uint2 words, T) {
+  const float2 low = unpack_pair(words.x, T{}), high = unpack_pair(words.y, T{});
+  return make_float4(low.x, low.y, high.x, high.y);
+}
 
-// NF4 rows of whole words: eight inputs share four bytes and an absmax, whatever the blocksize.
+// ---- Ways to read W: a thread has eight columns of a row -----------------------------------------------------------
+// kGroup of them are adjacent. `begin` starts to load a tile's rows, which the warp has for itself; `eight` has those
+// of row i of this thread's eight.
+
+// NF4 rows of whole groups of 32, one absmax each, whatever the blocksize: they wait in shared memory.
 struct NormNF4 {
-  static constexpr int kGroup = 8;  // adjacent columns of a thread
-  static constexpr int kCtas = 4;   // wanted on a multiprocessor
-  const NF4Weight& w;
-  float code;  // of this lane's number modulo 16
-  PEFT_KERNELS_DEVICE explicit NormNF4(const DoraNorm& p) : w(p.weight), code(kCodes.value[threadIdx.x & 15]) {}
-
-  struct Row {
-    uint32_t word = 0x77777777u;
-    float absmax = 0.0f;
+  static constexpr int kGroup = 8, kCtas = 4;  // CTAs that are wanted on a multiprocessor
+  struct Shared {
+    uint32_t words[kNormRows / 8][8 * kNormColumns / 8 + 16];  // rows by eights, which two half warps read: 16 banks
+    float absmax[kNormRows][kNormColumns / 32];
   };
-  PEFT_KERNELS_DEVICE Row load(const DoraNorm& p, int64_t n, int64_t k) const {
-    Row row;
-    if (n < p.out_features && k < p.in_features) {
-      const int64_t e = n * p.in_features + k;
-      row.word = __ldg(reinterpret_cast<const uint32_t*>(w.packed) + (e >> 3));
-      row.absmax = load_absmax(w, e >> w.blocksize_log2);
+  const DoraNorm& p;
+  Shared& shared;
+  float code;  // of this lane's number modulo 16
+
+  PEFT_KERNELS_DEVICE NormNF4(const DoraNorm& p, Shared& shared)
+      : p(p), shared(shared), code(kCodes.value[threadIdx.x & 15]) {}
+
+  // 16 rows of 64 bytes, and of four absmax: a lane has two of each.
+  PEFT_KERNELS_DEVICE void begin(int64_t n0, int k0) {
+    __syncwarp();  // the last tile has been read
+    const int group = threadIdx.x & 3, k = k0 + 32 * group;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = threadIdx.x / 32 * 16 + i * 8 + (threadIdx.x & 31) / 4;
+      const bool inside = n0 + row < p.out_features && k < p.in_features;
+      const int64_t e = inside ? (n0 + row) * p.in_features + k : 0;
+      copy_async_16(shared_address(&shared.words[row / 8][row % 8 * (kNormColumns / 8) + 4 * group]),
+                    p.weight.packed + (e >> 1), inside);
+      shared.absmax[row][group] = inside ? load_absmax(p.weight, e >> p.weight.blocksize_log2) : 0.0f;
     }
-    return row;
+    copy_async_commit();
   }
-  PEFT_KERNELS_DEVICE void decode(const Row& row, float (&out)[8]) const {
+  PEFT_KERNELS_DEVICE void end() {
+    copy_async_wait<0>();
+    __syncwarp();
+  }
+  PEFT_KERNELS_DEVICE void eight(int64_t, int, int i, float (&out)[8]) {
+    const int column_group = threadIdx.x & 15, row_group = threadIdx.x / 16;
+    const uint32_t word = shared.words[row_group][i * (kNormColumns / 8) + column_group];
+    const float absmax = shared.absmax[8 * row_group + i][column_group / 4];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {  // a shuffle reads five bits of its index
-      out[k] = __shfl_sync(kNormAllLanes, code, row.word >> (4 * (k ^ 1))) * row.absmax;
+      out[k] = __shfl_sync(kNormAllLanes, code, word >> (4 * (k ^ 1))) * absmax;
     }
   }
 };
 
-// Dense rows that 16-byte loads may read.
+// Dense rows that 16-byte loads may read; four at a time.
 template <class T>
 struct NormDense {
-  static constexpr int kGroup = 16 / sizeof(T);
-  static constexpr int kCtas = sizeof(T) == 4 ? 3 : 4;
-  PEFT_KERNELS_DEVICE explicit NormDense(const DoraNorm&) {}
+  static constexpr int kGroup = 16 / sizeof(T), kCtas = 3, kBatch = 4;
+  struct Shared {};
+  const DoraNorm& p;
+  uint4 part[kBatch][8 / kGroup];
 
-  struct Row {
-    uint4 part[8 / kGroup];
-  };
-  PEFT_KERNELS_DEVICE Row load(const DoraNorm& p, int64_t n, int64_t k) const {
-    Row row;
+  PEFT_KERNELS_DEVICE NormDense(const DoraNorm& p, Shared&) : p(p) {}
+  PEFT_KERNELS_DEVICE void begin(int64_t, int) {}
+  PEFT_KERNELS_DEVICE void end() {}
+  PEFT_KERNELS_DEVICE void eight(int64_t n0, int k0, int i, float (&out)[8]) {
+    if (i % kBatch == 0) {
+      const int k = k0 + kGroup * (threadIdx.x & 15);
 #pragma unroll
-    for (int i = 0; i < 8 / kGroup; ++i) {
-      const int64_t column = k + i * (kNormColumns / 2);
-      row.part[i] = make_uint4(0, 0, 0, 0);
-      if (n < p.out_features && column < p.in_features) {
-        row.part[i] = load_stream(static_cast<const T*>(p.dense.data) + n * p.dense_strides[0] + column);
+      for (int j = 0; j < kBatch * 8 / kGroup; ++j) {
+        const int64_t n = n0 + threadIdx.x / 16 * 8 + i + j / (8 / kGroup);
+        const int column = k + j % (8 / kGroup) * (kNormColumns / 2);
+        uint4& to = part[j / (8 / kGroup)][j % (8 / kGroup)];
+        to = make_uint4(0, 0, 0, 0);
+        if (n < p.out_features && column < p.in_features) {
+          const T* from = static_cast<const T*>(p.dense.data) + n * p.dense_strides[0] + column;
+          to = __ldg(reinterpret_cast<const uint4*>(from));
+        }
       }
     }
-    return row;
-  }
-  PEFT_KERNELS_DEVICE void decode(const Row& row, float (&out)[8]) const {
 #pragma unroll
-    for (int i = 0; i < 8 / kGroup; ++i) {
-      const uint32_t words[4] = {row.part[i].x, row.part[i].y, row.part[i].z, row.part[i].w};
+    for (int j = 0; j < 8 / kGroup; ++j) {
+      const uint4& v = part[i % kBatch][j];
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int c = 0; c < 4; ++c) {
         if constexpr (sizeof(T) == 4) {
-          out[4 * i + j] = __uint_as_float(words[j]);
+          out[4 * j + c] = __uint_as_float(words[c]);
         } else {
-          const float2 pair = unpack_pair(words[j], T{});
-          out[2 * j] = pair.x;
-          out[2 * j + 1] = pair.y;
+          const float2 pair = unpack_pair(words[c], T{});
+          out[2 * c] = pair.x;
+          out[2 * c + 1] = pair.y;
         }
       }
     }
@@ -131,24 +152,18 @@ struct NormDense {
 
 // Anything else, element by element.
 struct NormElements {
-  static constexpr int kGroup = 8;
-  static constexpr int kCtas = 3;
-  PEFT_KERNELS_DEVICE explicit NormElements(const DoraNorm&) {}
+  static constexpr int kGroup = 8, kCtas = 3;
+  struct Shared {};
+  const DoraNorm& p;
 
-  struct Row {
-    float value[8];
-  };
-  PEFT_KERNELS_DEVICE Row load(const DoraNorm& p, int64_t n, int64_t k) const {
-    Row row;
+  PEFT_KERNELS_DEVICE NormElements(const DoraNorm& p, Shared&) : p(p) {}
+  PEFT_KERNELS_DEVICE void begin(int64_t, int) {}
+  PEFT_KERNELS_DEVICE void end() {}
+  PEFT_KERNELS_DEVICE void eight(int64_t n0, int k0, int i, float (&out)[8]) {
+    const int64_t n = n0 + threadIdx.x / 16 * 8 + i;
+    const int k = k0 + kGroup * (threadIdx.x & 15);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      row.value[i] = n < p.out_features && k + i < p.in_features ? norm_weight(p, n, k + i) : 0.0f;
-    }
-    return row;
-  }
-  PEFT_KERNELS_DEVICE void decode(const Row& row, float (&out)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = row.value[i];
+    for (int c = 0; c < 8; ++c) out[c] = n < p.out_features && k + c < p.in_features ? norm_weight(p, n, k + c) : 0.0f;
   }
 };
 
@@ -168,82 +183,124 @@ PEFT_KERNELS_DEVICE void store_largest(const DoraNorm& p, int64_t i, float (&of_
   if (threadIdx.x == 0) p.most[i] = fmaxf(fmaxf(of_warp[0], of_warp[1]), fmaxf(of_warp[2], of_warp[3]));
 }
 
+// A [kNormRanks, kNormColumns] in two halves of every row, each read by lanes side by side; they are 16 banks apart.
+inline constexpr int kNormHalf = kNormColumns / 2 + 16, kNormStride = 2 * kNormHalf - 16;
+
+// Ranks first .. of the columns from k0 on to shared memory, zeros outside. `kGroup` as a weight's.
+template <int kGroup, class T>
+PEFT_KERNELS_DEVICE void store_a(const DoraNorm& p, int first, int k0, float4* to) {
+  using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+  const int four = threadIdx.x & 31, k = k0 + 4 * four, j = threadIdx.x >> 5;
+  to += j * (kNormStride / 4) +
+        (kGroup == 8 ? (four >> 1) + (four & 1) * (kNormHalf / 4) : (four & 15) + (four >> 4) * (kNormHalf / 4));
+  const Four* from = static_cast<const Four*>(p.a.data) + (((first + j) * p.in_features + k) >> 2);
+  constexpr int kTurns = kNormRanks / (kNormThreads / 32), kApart = kNormThreads / 32;
+  Four v[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    v[i] = Four{};
+    if (first + j + i * kApart < p.rank && k < p.in_features) v[i] = __ldg(from + i * kApart * (p.in_features >> 2));
+  }
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) to[i * kApart * (kNormStride / 4)] = to_floats(v[i], T{});
+}
+template <int kGroup>
+PEFT_KERNELS_DEVICE void store_a_elements(const DoraNorm& p, int first, int k0, float* to) {
+  const int column = threadIdx.x, four = column >> 2;
+  to += 4 * (kGroup == 8 ? (four >> 1) + (four & 1) * (kNormHalf / 4) : (four & 15) + (four >> 4) * (kNormHalf / 4)) +
+        (column & 3);
+#pragma unroll 4
+  for (int j = 0; j < kNormRanks; ++j) {
+    const bool inside = first + j < p.rank && k0 + column < p.in_features;
+    to[j * kNormStride] = inside ? element(p.a, (first + j) * p.in_features + k0 + column) : 0.0f;
+  }
+}
+
+// Ranks first .. first + ranks of B's rows from n0 on to shared memory, transposed: [ranks, kNormRows].
+PEFT_KERNELS_DEVICE void store_b(const DoraNorm& p, int first, int ranks, int64_t n0, float* to) {
+  const int row = threadIdx.x & (kNormRows - 1);
+  const bool inside = n0 + row < p.out_features, fours = fours_are_whole(p.b, p.rank);
+  to += row;
+#pragma unroll 2
+  for (int j = threadIdx.x / kNormRows * 4; j < ranks; j += kNormThreads / kNormRows * 4) {
+    const int64_t at = (n0 + row) * p.rank + first + j, count = inside ? p.rank - first - j : 0;
+    float4 v;
+    if (!fours || count <= 0) {
+      v = load_four(p.b, at, count);
+    } else if (p.b.dtype == DType::kFloat32) {
+      v = __ldg(static_cast<const float4*>(p.b.data) + (at >> 2));
+    } else {
+      const uint2 words = __ldg(static_cast<const uint2*>(p.b.data) + (at >> 2));
+      v = p.b.dtype == DType::kBFloat16 ? to_floats(words, BFloat16{}) : to_floats(words, Float16{});
+    }
+    to[j * kNormRows] = v.x;
+    to[(j + 1) * kNormRows] = v.y;
+    to[(j + 2) * kNormRows] = v.z;
+    to[(j + 3) * kNormRows] = v.w;
+  }
+}
+
 // squares [splits, N] of rows; and, by the first `rank` CTAs, most [rank]. A thread has 8 rows x 8 columns of a tile:
 // rows 8 g .. of group g of 8, columns in groups of Weight::kGroup. It adds the squares of its part of a row in fp32,
 // a tile's eight in a chain and tiles with Kahan's correction; threads' sums are added in fp64.
 template <class Weight>
 __global__ void __launch_bounds__(kNormThreads, Weight::kCtas)
-    row_squares_kernel(const __grid_constant__ DoraNorm p, int64_t split_columns, NormScaling scaling) {
-  // A [kNormRanks, kNormColumns] in two halves of every row, each read by lanes side by side; they are 16 banks apart.
-  constexpr int kHalf = kNormColumns / 2 + 16, kRow = 2 * kHalf - 16;
-  __shared__ float4 a_tile[kNormRanks * kRow / 4];
+    row_squares_kernel(const __grid_constant__ DoraNorm p, int split_columns, NormScaling scaling) {
+  __shared__ float4 a_tile[kNormRanks * kNormStride / 4];
   extern __shared__ float4 b_tile[];  // [ranks, kNormRows]: all of B's or, above kNormResident, kNormRanks
+  __shared__ typename Weight::Shared weights;
   __shared__ float of_warp[kNormThreads / 32];
-  const int rank = static_cast<int>(p.rank);
+  const int rank = static_cast<int>(p.rank), in_features = static_cast<int>(p.in_features);
   if (blockIdx.x < p.rank) return store_largest(p, blockIdx.x, of_warp);
 
   const unsigned row_blocks = static_cast<unsigned>((p.out_features + kNormRows - 1) / kNormRows);
   const unsigned tile = blockIdx.x - rank, split = tile / row_blocks;
   const int64_t n0 = int64_t{tile % row_blocks} * kNormRows;
-  const int64_t begin = split * split_columns;
-  const int64_t end = begin + split_columns < p.in_features ? begin + split_columns : p.in_features;
-  const int thread = threadIdx.x, column_group = thread & 15, row_group = thread >> 4;
-  const bool fours_of_a = fours_are_whole(p.a, p.in_features), fours_of_b = fours_are_whole(p.b, p.rank);
+  const int begin = static_cast<int>(split) * split_columns;
+  const int end = in_features - begin < split_columns ? in_features : begin + split_columns;
+  const int column_group = threadIdx.x & 15, first_row = threadIdx.x / 16 * 8;
+  const bool fours_of_a = fours_are_whole(p.a, p.in_features);
   const bool resident = rank <= kNormResident;
-  const Weight weight(p);
+  Weight weight(p, weights);
 
-  const auto load_b = [&](int first, int ranks) {  // transposed
-    const int row = thread & (kNormRows - 1);
-    for (int j = thread / kNormRows * 4; j < ranks; j += kNormThreads / kNormRows * 4) {
-      const int64_t n = n0 + row;
-      const float4 v = load_four(p.b, n * rank + first + j, n < p.out_features ? rank - first - j : 0, fours_of_b);
-      float* to = reinterpret_cast<float*>(b_tile) + j * kNormRows + row;
-      to[0] = v.x;
-      to[kNormRows] = v.y;
-      to[2 * kNormRows] = v.z;
-      to[3 * kNormRows] = v.w;
-    }
-  };
-  const auto load_a = [&](int first, int64_t k0) {
-    const int four = thread & 31;  // of a row's 32; four elements
-    const int position =
-        Weight::kGroup == 8 ? (four >> 1) + (four & 1) * (kHalf / 4) : (four & 15) + (four >> 4) * (kHalf / 4);
-#pragma unroll
-    for (int j = thread >> 5; j < kNormRanks; j += kNormThreads / 32) {
-      const int64_t k = k0 + 4 * four;
-      const int64_t inside = first + j < rank ? p.in_features - k : 0;
-      a_tile[j * (kRow / 4) + position] = load_four(p.a, (first + j) * p.in_features + k, inside, fours_of_a);
-    }
-  };
-
-  if (resident) load_b(0, (rank + kNormRanks - 1) / kNormRanks * kNormRanks);
+  if (resident) store_b(p, 0, rank, n0, reinterpret_cast<float*>(b_tile));
   float total[8] = {}, lost[8] = {};
-  for (int64_t k0 = begin; k0 < end; k0 += kNormColumns) {
+  for (int k0 = begin; k0 < end; k0 += kNormColumns) {
+    weight.begin(n0, k0);
     float update[8][8] = {};  // B A
     for (int first = 0; first < rank; first += kNormRanks) {
       __syncthreads();
-      load_a(first, k0);
-      if (!resident) load_b(first, kNormRanks);
+      if (!fours_of_a) {
+        store_a_elements<Weight::kGroup>(p, first, k0, reinterpret_cast<float*>(a_tile));
+      } else if (p.a.dtype == DType::kFloat32) {
+        store_a<Weight::kGroup, float>(p, first, k0, a_tile);
+      } else if (p.a.dtype == DType::kBFloat16) {
+        store_a<Weight::kGroup, BFloat16>(p, first, k0, a_tile);
+      } else {
+        store_a<Weight::kGroup, Float16>(p, first, k0, a_tile);
+      }
+      const int ranks = rank - first < kNormRanks ? rank - first : kNormRanks;
+      if (!resident) store_b(p, first, ranks, n0, reinterpret_cast<float*>(b_tile));
       __syncthreads();
       const float4* a = a_tile + column_group;
-      const float4* b = b_tile + (resident ? first * (kNormRows / 4) : 0) + 2 * row_group;
-      const int ranks = rank - first < kNormRanks ? rank - first : kNormRanks;
+      const float4* b = b_tile + ((resident ? first * kNormRows : 0) + first_row) / 4;
 #pragma unroll 2
-      for (int j = 0; j < ranks; ++j, a += kRow / 4, b += kNormRows / 4) {
-        const float4 a0 = a[0], a1 = a[kHalf / 4], b0 = b[0], b1 = b[1];
-        const float columns[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
-        const float rows[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+      for (int j = 0; j < ranks; ++j, a += kNormStride / 4, b += kNormRows / 4) {
+        const float4 a0 = a[0], a1 = a[kNormHalf / 4], b0 = b[0], b1 = b[1];
+        const float of_a[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+        const float of_b[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
 #pragma unroll
-          for (int c = 0; c < 8; ++c) update[i][c] = fmaf(rows[i], columns[c], update[i][c]);
+          for (int c = 0; c < 8; ++c) update[i][c] = fmaf(of_b[i], of_a[c], update[i][c]);
         }
       }
     }
+    weight.end();
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float w[8], square = 0.0f;
-      weight.decode(weight.load(p, n0 + 8 * row_group + i, k0 + Weight::kGroup * column_group), w);
+      weight.eight(n0, k0, i, w);
 #pragma unroll
       for (int c = 0; c < 8; ++c) w[c] = fmaf(scaling.high, update[i][c], w[c]);
       if (scaling.low != 0.0f) {
@@ -263,7 +320,7 @@ __global__ void __launch_bounds__(kNormThreads, Weight::kCtas)
     double sum = static_cast<double>(total[i]) - static_cast<double>(lost[i]);
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(kNormAllLanes, sum, step);
-    const int64_t n = n0 + 8 * row_group + i;
+    const int64_t n = n0 + first_row + i;
     if (column_group == 0 && n < p.out_features) p.squares[split * p.out_features + n] = sum;
   }
 }
