@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/array.h"
-#include "cuda/select.h"
+#include "cuda/plan.h"
 
 namespace peft_kernels::cuda {
 
@@ -46,6 +46,7 @@ struct Projection {
 
 // z = x W^T + scaling * u B^T,   y = column_scale * z + bias; every result rounded once.
 // Rows of W are whole blocks, blocksize 64 or more. In 16 bits W is rounded to the dtype of x.
+// x and the packed weight begin at multiples of 16 bytes, and `x_stride` is a multiple of 16 bytes.
 struct Linear {
   int64_t tokens = 0, in_features = 0, out_features = 0, rank = 0;  // M, K, N, r
   Array x;                                                          // [M, K], rows `x_stride` elements apart
@@ -54,10 +55,9 @@ struct Linear {
   const float* u = nullptr;  // [M, r], where rank is not 0
   Array lora_b;              // [N, r]
   float scaling = 1.0f;
-  Array column_scale;         // [N]
-  Array bias;                 // [N]
-  float* partials = nullptr;  // [plan.splits, M, N] where that is more than 1
-  MutableArray y, z;          // [M, N]; z where asked for
+  Array column_scale;  // [N]
+  Array bias;          // [N]
+  MutableArray y, z;   // [M, N]; z where asked for
 };
 
 // t = (column_scale * g) W,   dx = input_scale * t + D'(du A).

@@ -12,7 +12,7 @@ constexpr int kGemvWarps = 8, kGemvTokens = 8;
 __device__ const uint4 kZeroBlock[8] = {};  // x of blocks beyond K: an infinity there would not vanish times absmax 0
 
 template <class T, bool kNested>
-__global__ void __launch_bounds__(32 * kGemvWarps) gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
+__global__ void __launch_bounds__(32 * kGemvWarps) linear_gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
   using Sums = Parts<kGemvTokens, kTileRows, kGemvWarps>;
   constexpr int kSumBytes = sizeof(float) * Sums::kFloats;
   static_assert(kSumBytes <= PairTable::kBytes);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(32 * kGemvWarps) gemv_kernel(const __grid_cons
 
   struct Chunk {
     uint4 top[2], bottom[2];
-    uint32_t absmax[2];
+    typename Scales<2, kNested>::Stored absmax[2];
   } now, next;
   const auto load = [&](Chunk& chunk, int block) {
     const int inside = min(block, blocks - 1);

@@ -14,14 +14,14 @@ struct MatmulTile {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kParts = kWarps / kRowWarps;
   static constexpr int kOutputs = 32 * kRowWarps;
   static constexpr int kStageBytes = kTokens * 256;
-  static constexpr int kStages = kTokens <= 16 ? 2 : 3;                   // with a table of pairs beside them, two fit
-  static constexpr int kCtas = kTokens <= 8 ? 4 : kTokens <= 16 ? 3 : 2;  // of a multiprocessor
-  static constexpr bool kTable = kPairs && kTokens <= 16;                 // else x keeps the load/store unit busy
+  static constexpr int kStages = kTokens <= 16 ? 2 : 3;    // with a table of pairs beside them, two fit
+  static constexpr int kCtas = kTokens <= 16 ? 3 : 2;      // of a multiprocessor
+  static constexpr bool kTable = kPairs && kTokens <= 16;  // else x keeps the load/store unit busy
 };
 
 template <class T, class Tile, bool kNested>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
-    matmul_kernel(const __grid_constant__ Linear p, Opaque opaque) {
+    linear_matmul_kernel(const __grid_constant__ Linear p, Opaque opaque) {
   constexpr int kTokenTiles = Tile::kTokens / 8, kRows = 4;  // rows g, g + 8, g + 16, g + 24 of a warp's 32
   using Sums = Parts<Tile::kTokens, Tile::kOutputs, Tile::kParts>;
   constexpr int kRingBytes = Tile::kParts * Tile::kStages * Tile::kStageBytes;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   const Scales<kRows, kNested> scales(p.weight, rows, p.in_features);
   int block = part * kChunkBlocks + t;
   uint4 words[kRows], next_words[kRows];
-  uint32_t next_absmax[kRows];
+  typename Scales<kRows, kNested>::Stored next_absmax[kRows];
   const auto load = [&](uint4(&to)[kRows], int half) {
     const int inside = min(block, blocks - 1);
 #pragma unroll

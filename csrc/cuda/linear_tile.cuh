@@ -24,47 +24,52 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested scale is decoded when
+// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested one is decoded when
 // needed.
 template <int kRows, bool kNested>
 class Scales {
  public:
+  using Stored = std::conditional_t<kNested, uint8_t, float>;
+
   PEFT_KERNELS_DEVICE Scales(const NF4Weight& weight, const int64_t (&row)[kRows], int64_t in_features)
-      : weight_(weight) {
+      : weight_(weight), shift_(weight.blocksize_log2 - 6) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row_[r] = row[r] * (in_features >> weight.blocksize_log2);
+    for (int r = 0; r < kRows; ++r) row_[r] = first() + row[r] * (in_features >> weight.blocksize_log2);
     if constexpr (kNested) offset_ = __ldg(weight.nested_offset);
   }
 
-  PEFT_KERNELS_DEVICE void load(uint32_t (&raw)[kRows], int block64) const {
-    const int block = block64 >> (weight_.blocksize_log2 - 6);
+  // Those of the 64 inputs number `block64`.
+  PEFT_KERNELS_DEVICE void load(Stored (&stored)[kRows], int block64) const {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if constexpr (kNested) {
-        raw[r] = __ldg(weight_.absmax_codes + row_[r] + block);
-      } else {
-        raw[r] = __float_as_uint(__ldg(weight_.absmax + row_[r] + block));
-      }
-    }
+    for (int r = 0; r < kRows; ++r) stored[r] = __ldg(row_[r] + (block64 >> shift_));
   }
 
   // absmax, or 0 for a block that is not inside the row: with x zero there too, it adds nothing.
-  PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const uint32_t (&raw)[kRows], int block64,
+  PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const Stored (&stored)[kRows], int block64,
                                   bool inside) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      absmax[r] = 0.0f;
       if constexpr (kNested) {
-        const int block = block64 >> (weight_.blocksize_log2 - 6);
-        absmax[r] = inside ? decode_absmax(weight_, row_[r] + block, raw[r], offset_) : 0.0f;
+        if (inside) absmax[r] = decode_absmax(weight_, row_[r] - first() + (block64 >> shift_), stored[r], offset_);
       } else {
-        absmax[r] = inside ? __uint_as_float(raw[r]) : 0.0f;
+        if (inside) absmax[r] = stored[r];
       }
     }
   }
 
  private:
+  PEFT_KERNELS_DEVICE const Stored* first() const {
+    if constexpr (kNested) {
+      return weight_.absmax_codes;
+    } else {
+      return weight_.absmax;
+    }
+  }
+
   const NF4Weight& weight_;
-  int64_t row_[kRows];  // its first block
+  int shift_;
+  const Stored* row_[kRows];
   float offset_ = 0.0f;
 };
 

@@ -60,7 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
   const Tensor u = projected(in, x, gpu);
   const Tensor y = empty(x, {in.tokens, out_features}, dtype);
   const Tensor z = save_preactivation ? empty(x, {in.tokens, out_features}, dtype) : empty(x, {0}, dtype);
-  const Tensor partials = empty_float(x, {plan.splits > 1 ? plan.splits * in.tokens * out_features : 0});
 
   cuda::Linear problem;
   problem.tokens = in.tokens;
@@ -75,7 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
   problem.scaling = in.scaling;
   problem.column_scale = array("column_scale", in.column_scale);
   problem.bias = array("bias", bias);
-  if (plan.splits > 1) problem.partials = floats(partials);
   problem.y = output(y);
   if (save_preactivation) problem.z = output(z);
   OnGpu::succeeded("adapted_linear", cuda::linear(problem, plan, gpu.stream));
