@@ -173,8 +173,8 @@ class Shipped:
 
 def tile_tokens(name: str) -> int:
     """Tokens of a kernel's tile; a GEMV's are one, though there is room for 8."""
-    tile = re.search(r"Tile<(\d+)", name)
-    return int(tile[1]) if tile else 1
+    tile = re.search(r"Tile<(\d+)|input_gradient_kernel<\w+, (\d+)", name)
+    return int(tile[1] or tile[2]) if tile else 1
 
 
 def shipped(target: int) -> Iterator[Shipped]:
