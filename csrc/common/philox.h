@@ -19,7 +19,8 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-inline __attribute__((always_inline)) PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+inline constexpr __attribute__((always_inline)) PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0,
+                                                                       uint32_t key1) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0, p1 = static_cast<uint64_t>(kPhiloxM1) * c2;

@@ -96,19 +96,15 @@ class EmulatedCuda(TorchDispatchMode):
         sources: Sources,
         runtime: ctypes.CDLL,
         triton: EmulatedGPU,
+        execute: bool,
         strict: bool,
         counts: bool,
         edit: Callable[[str], str],
     ) -> None:
         super().__init__()
         self.triton, self.launches = triton, list[CudaLaunch]()
-        self._sources, self._runtime, self._strict, self._counts, self._edit = (
-            sources,
-            runtime,
-            strict,
-            counts,
-            edit,
-        )
+        self._sources, self._runtime, self._edit = sources, runtime, edit
+        self._execute, self._strict, self._counts = execute, strict, counts
         self._alive: list[dict[str, torch.Tensor]] = []  # by name, of every op that is running
         self._allowed_shared: dict[str, int] = {}
         self._refusals: list[str] = []  # why launches failed as they would on a device
@@ -230,6 +226,8 @@ class EmulatedCuda(TorchDispatchMode):
         memory = {key: value for alive in self._alive for key, value in alive.items()}
         record = CudaLaunch(name, int(self.triton.arch), grid, block, shared, ptx, memory)
         self.launches.append(record)
+        if not self._execute:
+            return _SUCCESS
         sizes_of = program.parameters.values()
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes_of)]
         record.result = launch(
@@ -263,6 +261,7 @@ def cuda(
     arch: int,
     *,
     multiprocessors: int | None = None,
+    execute: bool = True,
     strict: bool = True,
     counts: bool = False,
     edit: Callable[[str], str] = lambda ptx: ptx,
@@ -273,6 +272,7 @@ def cuda(
     Args:
         arch: 80, 86, 89, 90 or 120.
         multiprocessors: that it has; by default those of a model of this architecture.
+        execute: run what is launched; otherwise results are memory that nobody wrote.
         strict: raise `Report` at the first launch with a finding; otherwise findings stay in its result.
         counts: count instructions, memory transactions and bytes of every launch (slower).
         edit: changes a module of PTX before it runs: a bug to be caught.
@@ -286,8 +286,10 @@ def cuda(
     """
     sources = sources or Sources.of_the_project()
     runtime = _load(sources)
-    with device(arch, strict=strict, counts=counts, multiprocessors=multiprocessors) as triton:
-        emulated = EmulatedCuda(sources, runtime, triton, strict, counts, edit)
+    with device(
+        arch, execute=execute, strict=strict, counts=counts, multiprocessors=multiprocessors
+    ) as triton:
+        emulated = EmulatedCuda(sources, runtime, triton, execute, strict, counts, edit)
         runtime.gpuless_set_device(emulated.device)
         try:
             with emulated:

@@ -156,13 +156,13 @@ def _pack(
             block = _Block.of(shown, parameter, value)
             parameters[parameter] = struct.pack("<Q", block.address)
             blocks.append((block, parameter in writes))
-        elif isinstance(value, (float, np.floating)) or (value and parameter in program.float_parameters):
-            parameters[parameter] = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], float(value))
         elif isinstance(value, bytes):
             if len(value) != size:
                 raise ValueError(f"{shown} must have {size} bytes, got {len(value)}")
             parameters[parameter] = value
             blocks += _pointed_to(program, parameter, shown, value, memory, writes)
+        elif isinstance(value, (float, np.floating)) or (value and parameter in program.float_parameters):
+            parameters[parameter] = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], float(value))
         else:
             parameters[parameter] = (int(value or 0) & (1 << 8 * size) - 1).to_bytes(size, "little")
     blocks += [(_Block.of(f"extra_memory[{i}]", ANYWHERE, tensor), True) for i, tensor in enumerate(extra)]

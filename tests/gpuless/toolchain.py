@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpuless"
 TORCH = Path(torch.__file__).parent
 RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
-CUDA_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false")
+# As in CMakeLists.txt.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "--expt-relaxed-constexpr")
+_SPECIFIC = (90, 100)  # compiled for their own instructions, as sm_90a
 _HOST_FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"),
@@ -66,10 +68,18 @@ def nvcc() -> str | None:
 
 def ptx(source: Path, arch: int, include: Sequence[Path] = (ROOT / "csrc",)) -> str:
     """A .cu file compiled for an architecture, 90 for sm_90a; from the cache where nothing has changed."""
-    target = f"compute_{arch}{'a' if arch in (90, 100) else ''}"
+    target = f"compute_{arch}{'a' if arch in _SPECIFIC else ''}"
     flags = [*CUDA_FLAGS, *(f"-I{folder}" for folder in include)]
     command = [_nvcc(), "-ptx", f"-arch={target}", *flags, str(source)]
     return _cached(source.stem + ".ptx", command, _inputs(source, include)).read_text()
+
+
+def cubin(source: Path, arch: int, include: Sequence[Path] = (ROOT / "csrc",)) -> bytes:
+    """A .cu file assembled for an architecture, as it ships."""
+    target = f"sm_{arch}{'a' if arch in _SPECIFIC else ''}"
+    flags = [*CUDA_FLAGS, *(f"-I{folder}" for folder in include)]
+    command = [_nvcc(), "-cubin", f"-arch={target}", *flags, str(source)]
+    return _cached(source.stem + ".cubin", command, _inputs(source, include)).read_bytes()
 
 
 def library(sources: Sources) -> Path:

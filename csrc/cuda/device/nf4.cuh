@@ -104,6 +104,13 @@ PEFT_KERNELS_DEVICE float2 look_up_pair(uint32_t copy, uint32_t word) {
   return pair;
 }
 
+// The same for an index that an unrolled loop makes constant.
+PEFT_KERNELS_DEVICE float2 look_up_pair(uint32_t copy, uint32_t word, int byte) {
+  if (byte == 0) return look_up_pair<0>(copy, word);
+  if (byte == 1) return look_up_pair<1>(copy, word);
+  return byte == 2 ? look_up_pair<2>(copy, word) : look_up_pair<3>(copy, word);
+}
+
 // Weights 2 j, 2 j + 1 of a word in out[j].
 template <class T>
 PEFT_KERNELS_DEVICE void decode_pairs(uint32_t copy, float absmax, uint32_t word, uint32_t (&out)[4]) {

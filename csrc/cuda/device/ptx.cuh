@@ -74,10 +74,20 @@ PEFT_KERNELS_DEVICE uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
+PEFT_KERNELS_DEVICE void load_shared(uint32_t (&v)[1], uint32_t address) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(address) : "memory");
+}
+PEFT_KERNELS_DEVICE void load_shared(uint32_t (&v)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
+
 // Copy 16 bytes to shared memory in the background, or with `inside` false write zeros there.
 PEFT_KERNELS_DEVICE void copy_async_16(uint32_t shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(inside ? 16 : 0)
                : "memory");
+}
+PEFT_KERNELS_DEVICE void copy_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 PEFT_KERNELS_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending groups of this thread's are under way.

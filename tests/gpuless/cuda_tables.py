@@ -1,0 +1,323 @@
+"""`python -m gpuless.cuda_tables`: what the CUDA C++ kernels take of every GPU, as the tables of docs/gpu.md.
+
+    python -m gpuless.cuda_tables            # assemble everything, print, rewrite docs/gpu.md
+    python -m gpuless.cuda_tables --check    # the same without writing: docs/gpu.md must say it already
+
+Kernels are those that the launchers choose for production shapes, assembled as they ship; bitsandbytes'
+come from its own wheel, and the same disassembler reads both. It fails where a rule is broken: no spill, no
+stack, two CTAs on a multiprocessor, instructions and load/store cycles a weight, bytes within 1.05 times the
+fewest.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes
+import torch
+
+import peft_kernels as pk
+from gpuless import sass, toolchain
+from gpuless.cuda import CudaLaunch, cuda, demangled
+from gpuless.static import Budget, cubin_budget
+from gpuless.tables import DOCUMENT, FEWEST_CTAS, target_name, with_section
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+EMULATED = {100: 90}  # whose launches stand for those of an architecture that is not emulated
+MOST_BYTES = 1.05
+# Tokens of a kernel's tile -> most instructions, and load/store cycles, for a weight that it decodes.
+LIMITS = {1: (4.0, 7.0), 8: (4.2, 7.0), 16: (4.2, 7.0), 32: (5.3, 7.0), 64: (5.3, 7.0)}
+# bitsandbytes' kernels for bf16; each looks a code up by one shuffle.
+THEIRS = {
+    "gemm_4bit_simt<__nv_bfloat16, 1>": "1",
+    "gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 32, 64, 128>": "up to 32",
+    "gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 64, 64, 128>": "up to 64",
+}
+THEIR_LIBRARY = Path(bitsandbytes.__file__).with_name("libbitsandbytes_cuda130.so")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product of M tokens with an NF4 weight [N, K], bf16, plain or nested absmax."""
+
+    tokens: int
+    in_features: int = 4096
+    out_features: int = 4096
+    nested: bool = False
+    backward: bool = False
+
+    def launches(self, arch: int, execute: bool = False) -> list[CudaLaunch]:
+        """What is launched for it; without `execute` nothing runs."""
+        m, k, n = self.tokens, self.in_features, self.out_features
+        weight = pk.functional.nf4_quantize(torch.randn(n, k), 64, double_quant=self.nested)
+        base = weight.base_weight()
+        x = torch.randn(m, n if self.backward else k, dtype=torch.bfloat16)
+        with cuda(arch, execute=execute, counts=execute) as gpu:
+            if self.backward:
+                op = torch.ops.peft_kernels.nf4_linear_backward_input.cuda
+                op(x, *base, k, None, None, None, None, 0.0, None)
+            else:
+                op = torch.ops.peft_kernels.adapted_linear.cuda
+                op(x, *base, n, None, None, 1.0, None, None, None, 0.0, None, False)
+        return gpu.launches
+
+
+PROBLEMS = tuple(
+    Problem(tokens, nested=nested, backward=backward)
+    for backward in (False, True)
+    for tokens in (1, 8, 16, 32, 64)
+    for nested in (False, True)
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a lane issues for a weight that it decodes, in the hot loop.
+
+    Attributes:
+        instructions: all of them.
+        alu, fma, tensor: by pipe.
+        lsu: cycles of the multiprocessor's load/store unit, which its four partitions share: times four. A
+            shuffle or a 4-byte load takes one, wider ones two and four (ldmatrix: one a matrix); our 16-byte
+            loads of codes touch 8 lines with half of each, which counts as eight.
+    """
+
+    instructions: float
+    alu: float
+    fma: float
+    tensor: float
+    lsu: float
+
+    @classmethod
+    def of(cls, body: Sequence[sass.Instruction], weights: float, wide_load: int) -> "Cost":
+        """Of a turn in which a lane decodes so many weights."""
+        pipes = [each.pipe for each in body]
+        cycles = sum(_cycles(each.opcode, wide_load) for each in body)
+        return cls(
+            sum(not each.opcode.startswith("NOP") for each in body) / weights,
+            *(pipes.count(pipe) / weights for pipe in ("alu", "fma", "tensor")),
+            4 * cycles / weights,
+        )
+
+    def __str__(self) -> str:
+        return " | ".join(f"{v:.2f}" for v in (self.instructions, self.alu, self.fma, self.tensor, self.lsu))
+
+
+def _cycles(opcode: str, wide_load: int) -> int:
+    kind, *modifiers = opcode.split(".")
+    if kind == "LDSM":
+        return int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    if kind not in ("LDS", "STS", "LDG", "STG", "LDGSTS", "SHFL"):
+        return 0
+    wide = "128" in modifiers
+    if kind == "LDG" and wide:
+        return wide_load
+    return 4 if wide else 2 if "64" in modifiers else 1
+
+
+def hot_body(code: Sequence[sass.Instruction]) -> list[sass.Instruction]:
+    """Instructions of the hot loop, without the blocks in which a part of a warp calls a shuffle."""
+    loop = sass.hot_loop(code) or frozenset()
+    starts = {each.jump for each in code} | {i + 1 for i, each in enumerate(code) if each.jump is not None}
+    blocks: list[list[sass.Instruction]] = [[]]
+    for i in sorted(loop):
+        if i in starts:
+            blocks.append([])
+        blocks[-1].append(code[i])
+
+    def cold(block: list[sass.Instruction]) -> bool:
+        calls = any(each.opcode.startswith("CALL.ABS") for each in block)
+        return calls or bool(block and block[0].opcode.startswith("BRA.CONV"))
+
+    return [each for block in blocks if not cold(block) for each in block]
+
+
+def our_cost(code: Sequence[sass.Instruction], tokens: int) -> Cost:
+    """Of a kernel whose tile has so many tokens: each HMMA has 8 weights of a lane, for 8 tokens."""
+    body = hot_body(code)
+    products = sum(each.opcode.startswith("HMMA.16816") for each in body)
+    return Cost.of(body, 8 * products / max(1, tokens // 8), wide_load=8)
+
+
+def their_costs() -> dict[str, Cost]:
+    """bitsandbytes' kernels, from the wheel that is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sass.tool("cuobjdump"), "-xelf", "sm_80", str(THEIR_LIBRARY)]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        (cubin,) = Path(folder).iterdir()
+        functions = sass.disassemble(cubin.read_bytes())
+    costs = {}
+    for mangled, code in functions.items():
+        if "gemm_4bit" in mangled and (name := demangled(mangled)) in THEIRS:
+            body = hot_body(code)
+            shuffles = sum(each.opcode.startswith("SHFL") for each in body)
+            costs[name] = Cost.of(body, shuffles, wide_load=4)
+    return costs
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel that a launcher chose, assembled for one architecture; `tokens` are those of its tile."""
+
+    name: str
+    target: int
+    tokens: int
+    budget: Budget
+    cost: Cost
+
+
+def tile_tokens(name: str) -> int:
+    """Tokens of a kernel's tile; a GEMV's are one, though there is room for 8."""
+    tile = re.search(r"Tile<(\d+)", name)
+    return int(tile[1]) if tile else 1
+
+
+def shipped(target: int) -> Iterator[Shipped]:
+    """Every kernel that is launched for the problems, once."""
+    sources, seen = toolchain.Sources.of_the_project(), set()
+    for problem in PROBLEMS:
+        for launch in problem.launches(EMULATED.get(target, target)):
+            if launch.name not in seen:
+                seen.add(launch.name)
+                cubin = toolchain.cubin(toolchain.source_of(launch.name, sources), target)
+                needs = {"threads": launch.block[0], "dynamic_shared": launch.shared, "kernel": launch.name}
+                tokens = tile_tokens(launch.shown)
+                cost = our_cost(sass.disassemble(cubin)[launch.name], tokens)
+                yield Shipped(launch.shown, target, tokens, cubin_budget(cubin, target, **needs), cost)
+
+
+def budget_table(found: Sequence[Shipped]) -> str:
+    """Markdown: a row a kernel, a column a target."""
+    cells: dict[str, dict[int, str]] = {}
+    for each in found:
+        b = each.budget
+        fits = f"{b.occupancy.ctas} ({b.occupancy.share:.0%})"
+        cells.setdefault(each.name, {})[each.target] = (
+            f"{b.registers} · {b.shared_bytes / 1024:.3g} · {fits}"
+            + ("" if b.in_registers else f" · **stack {b.stack_bytes} B**")
+        )
+    lines = [
+        "| kernel | " + " | ".join(map(target_name, TARGETS)) + " |",
+        "|---|" + "---|" * len(TARGETS),
+    ]
+    for name, of_target in cells.items():
+        lines.append(f"| `{name}` | " + " | ".join(of_target.get(t, "–") for t in TARGETS) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(
+    found: Sequence[Shipped], theirs: dict[str, Cost], targets: Sequence[int] = (80, 90, 120)
+) -> str:
+    """Markdown: a row a kernel and target."""
+    lines = [
+        "| kernel | target | instructions | ALU | FMA | tensor | LSU cycles |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{each.name}` | {target_name(each.target)} | {each.cost} |"
+        for each in sorted(found, key=lambda each: (each.name, each.target))
+        if each.target in targets
+    ]
+    lines += [f"| bitsandbytes `{name}` | sm_80 | {theirs[name]} |" for name in THEIRS]
+    return "\n".join(lines)
+
+
+MEASURED = tuple(
+    Problem(tokens, 1024, 512, nested, backward)
+    for backward in (False, True)
+    for tokens, nested in ((1, False), (1, True), (8, False), (16, True), (64, False))
+)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Distinct bytes that a product's launches touch, and the fewest that it needs."""
+
+    problem: Problem
+    arch: int
+    bytes: int
+    fewest: int
+
+    @property
+    def ratio(self) -> float:
+        """One is ideal."""
+        return self.bytes / self.fewest
+
+
+def moved(problem: Problem, arch: int) -> Moved:
+    """Runs it: every launch reads and writes its arguments once, whatever the caches do."""
+    results = [launch.result for launch in problem.launches(arch, execute=True)]
+    touched = sum(sum(r.bytes_read.values()) + sum(r.bytes_written.values()) for r in results if r)
+    m, k, n = problem.tokens, problem.in_features, problem.out_features
+    blocks = n * k // 64
+    absmax = blocks + 4 * (-(-blocks // 256)) + 4 * 256 + 4 if problem.nested else 4 * blocks
+    return Moved(problem, arch, touched, n * k // 2 + absmax + 2 * m * (n + k))
+
+
+def bytes_table(found: Sequence[Moved]) -> str:
+    """Markdown: a row a problem."""
+    lines = ["| product | tokens | absmax | fewest | moved |", "|---|---|---|---|---|"]
+    for each in found:
+        p = each.problem
+        what = "dz W" if p.backward else "x W^T"
+        kind = "nested" if p.nested else "fp32"
+        lines.append(f"| {what} | {p.tokens} | {kind} | {each.fewest / 1024:.0f} KiB | {each.ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def faults(found: Sequence[Shipped], bytes_moved: Sequence[Moved]) -> list[str]:
+    """What breaks the rules, a sentence each."""
+    sentences = []
+    for each in found:
+        where, cost = f"{each.name} on {target_name(each.target)}", each.cost
+        if not each.budget.in_registers:
+            sentences.append(f"{where} has a stack of {each.budget.stack_bytes} bytes")
+        if each.budget.occupancy.ctas < FEWEST_CTAS:
+            sentences.append(f"{where} has {each.budget.occupancy.ctas} CTAs a multiprocessor")
+        if each.target in (80, 90):
+            instructions, cycles = LIMITS[each.tokens]
+            if cost.instructions > instructions:
+                sentences.append(f"{where} has {cost.instructions:.2f} instructions a weight")
+            if cost.lsu > cycles:
+                sentences.append(f"{where} has {cost.lsu:.2f} load/store cycles a weight")
+    sentences += [
+        f"{each.problem} moves {each.ratio:.3f} times the bytes"
+        for each in bytes_moved
+        if each.ratio > MOST_BYTES
+    ]
+    return sentences
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpuless.cuda_tables", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; compare docs/gpu.md instead")
+    options = parser.parse_args(arguments)
+    found = [each for target in TARGETS for each in shipped(target)]
+    traffic = [moved(problem, 90) for problem in MEASURED]
+    wrong = faults(found, traffic)
+    text = new = DOCUMENT.read_text()
+    contents = {
+        "cuda budgets": budget_table(found),
+        "cuda costs": cost_table(found, their_costs()),
+        "cuda bytes": bytes_table(traffic),
+    }
+    for name, content in contents.items():
+        new = with_section(new, name, content)
+        print(f"{name}:\n{content}\n")
+    if options.check and new != text:
+        wrong.append("docs/gpu.md is not what the code is: run `make gpu-report`")
+    elif not options.check:
+        DOCUMENT.write_text(new)
+    for sentence in wrong:
+        print(f"error: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
