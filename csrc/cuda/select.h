@@ -23,11 +23,4 @@ inline int64_t norm_splits(int64_t in_features, int64_t out_features, const Devi
   return std::max<int64_t>(1, std::min(wanted, in_features / 256));
 }
 
-// Parts of the sum over K of dora_norm: four CTAs of 64 rows for a multiprocessor, 256 inputs or more for each.
-inline int64_t norm_splits(int64_t in_features, int64_t out_features, const Device& device) {
-  const int64_t row_blocks = (out_features + 63) / 64;
-  const int64_t wanted = (4 * device.multiprocessors + row_blocks - 1) / row_blocks;
-  return std::max<int64_t>(1, std::min(wanted, in_features / 256));
-}
-
 }  // namespace peft_kernels::cuda
