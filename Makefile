@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CXX_SOURCES := $(shell find csrc python_bindings -type f 2>/dev/null)
-CXX_FORMATTED := $(shell find csrc python_bindings tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_FORMATTED := $(shell find csrc python_bindings tests/cpp tests/gpuless -regex '.*\.\(h\|cpp\|cu\|cuh\)' 2>/dev/null)
 
 # The build tools from PyPI are in .venv; a failed native build is an error here, never a quiet fall-back.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,7 +14,7 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test test-gpuless gpu-report demo demo-methods bench lint types format cpp-test wheel clean
+.PHONY: help venv build cuda test test-gpuless gpu-report demo demo-methods bench lint types format cpp-test wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,12 @@ help: ## List these targets
 venv: .venv/installed ## Make .venv with everything that the targets below need (minutes, once)
 
 build: .venv/installed .venv/built ## Compile the native library into peft_kernels/ (incremental)
+
+cuda: venv ## Compile the library with CUDA C++ kernels for every GPU into build/cuda (needs nvcc; no GPU, no CUDA torch)
+	cmake -G Ninja -S . -B build/cuda --log-level=STATUS -DPEFT_KERNELS_CUDA=1 -DPEFT_KERNELS_WERROR=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPEFT_KERNELS_OUTPUT_DIR=$(CURDIR)/build/cuda
+	cmake --build build/cuda -- -k 0
+	cd tests && ../$(BIN)/python -m gpuless.cubins ../build/cuda/_native.so
 
 test: build ## Run the Python tests
 	$(BIN)/python -m pytest tests

@@ -24,16 +24,18 @@ PEFT_KERNELS_DEVICE void finish_input_gradient(const InputGradient& p, int64_t m
     }
   }
   const bool drops = p.rank != 0 && p.dropout.seed != nullptr;
-  const uint64_t seed = drops ? static_cast<uint64_t>(__ldg(p.dropout.seed)) : 0;
+  uint32_t kept = 0xFFFFFFFFu;
+  if (drops) {
+    kept = kept_rows<kCount>(p.dropout, static_cast<uint64_t>(__ldg(p.dropout.seed)), m * p.in_features + k,
+                             kApart * p.in_features);
+  }
+  const float drop_scale = drops ? p.dropout.scale : 1.0f;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int64_t token = m + i * kApart;
     if (token >= p.tokens) continue;
-    if (drops) {
-      drop_8(p.dropout, seed, token * p.in_features + k, low[i]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) low[i][j] *= p.dropout.scale;
-    }
+    for (int j = 0; j < 8; ++j) low[i][j] = kept >> (8 * i + j) & 1 ? low[i][j] * drop_scale : 0.0f;
     if (p.input_scale) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) t[i][j] *= scale[j];

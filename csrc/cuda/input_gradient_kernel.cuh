@@ -39,7 +39,7 @@ struct InputGradientShape {
   static constexpr int kGradStages = kShared ? 2 : 1;
   // Places in shared memory.
   static constexpr int kScales = PairTable::kBytes;
-  static constexpr int kWeights = kScales + kInputGradientWarps * kScaleBytes;
+  static constexpr int kWeights = kScales + kInputGradientWarps * 2 * kScaleBytes;
   static constexpr int kGrads = kWeights + kInputGradientWarps * 2 * kWeightBytes;
   static constexpr int kRing = kGrads + kDown * kGradStages * kGradBytes;
   // What takes their place after the loop: accumulators of half of the warps, then sums.
@@ -90,6 +90,20 @@ PEFT_KERNELS_DEVICE void add_last_rows(const InputGradient& p, int64_t row, int6
       for (int j = 0; j < 8; ++j) sum[i][j] = fmaf(g, weight[j], sum[i][j]);
     }
   }
+}
+
+// An element of an array of T or fp32.
+template <class T>
+PEFT_KERNELS_DEVICE float either(const Array& array, int i) {
+  return array.dtype == DType::kFloat32 ? __ldg(static_cast<const float*>(array.data) + i)
+                                        : to_float(static_cast<const T*>(array.data)[i]);
+}
+
+// p + pieces, by one instruction.
+PEFT_KERNELS_DEVICE const uint4* after(const uint4* p, uint32_t pieces) {
+  const uint4* q;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(q) : "r"(pieces), "l"(p));
+  return q;
 }
 
 // A value that the compiler shall keep, not compute again in every turn of a loop.
@@ -143,56 +157,56 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     grad_pieces[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8)));
   }
   const uint32_t grads = shared + S::kGrads + down * (S::kGradStages * S::kGradBytes);
-  const uint32_t grad_to = keep(grads + sharer * 16), grad_from = keep(grads + g * 64 + t * 16);
+  const uint32_t grad_to = keep(grads + sharer * 16);
+  const uint32_t grad_from = S::kShared ? keep(grads + lane * 16) : grad_to;
 
   // ---- Scales: absmax times column_scale. A lane fetches those of row `lane`, all read them from shared memory.
   const int log2 = p.weight.blocksize_log2, row_blocks = static_cast<int>(p.in_features >> log2);
-  const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6;
-  const int block0 = min(column0 >> log2, row_blocks - 1), block1 = min(block0 + 1, row_blocks - 1) - block0;
-  uint32_t block = static_cast<uint32_t>(row + lane) * row_blocks + block0;
-  float* const scales = reinterpret_cast<float*>(memory + S::kScales + warp * S::kScaleBytes);
+  const int block0 = min(column0 >> log2, row_blocks - 1);
+  const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6, second_inside = two_blocks && block0 + 1 < row_blocks;
+  float* const scales = reinterpret_cast<float*>(memory + S::kScales + warp * (2 * S::kScaleBytes));
   const float4* const my_scales = reinterpret_cast<const float4*>(scales + ((2 * kBytes * g) >> log2) * kStep + 8 * t);
   const float nested_offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
-  int scale_row = static_cast<int>(row) + lane;
-  RawScale raw[2];
+  RawScale raw[2] = {};
   float column_scale = 1.0f;
 
-  const auto fetch = [&](int stage) {  // the next step
+  const auto fetch = [&](int step, unsigned stage) {  // steps in their order
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       copy_async_16(copy_to + stage * S::kWeightBytes + i * kRowsApart * 32 * kBytes,
-                    packed + static_cast<uint64_t>(i * kRowsApart) * row_pieces);
+                    after(packed, i * kRowsApart * row_pieces));
     }
 #pragma unroll
     for (int i = 0; i < kGradCopies; ++i) {
-      copy_async_16(grad_to + stage % S::kGradStages * S::kGradBytes + i * S::kSharers * 16, grad + grad_pieces[i]);
+      copy_async_16(grad_to + stage % S::kGradStages * S::kGradBytes + i * S::kSharers * 16,
+                    after(grad, grad_pieces[i]));
     }
     grad += S::kDown * kStep / 8;
     copy_async_commit();
+    const int scale_row = step * kStep + lane;
+    const uint32_t block = static_cast<uint32_t>(scale_row) * row_blocks + block0;
     raw[0] = load_scale<kNested>(p.weight, block);
-    if (two_blocks) raw[1] = load_scale<kNested>(p.weight, block + block1);
-    if (p.column_scale) column_scale = element(p.column_scale, scale_row);
-    scale_row += S::kDown * kStep;
-    packed += static_cast<uint64_t>(S::kDown * kStep) * row_pieces;
-    block += S::kDown * kStep * row_blocks;
+    if (second_inside) raw[1] = load_scale<kNested>(p.weight, block + 1);
+    if (p.column_scale) column_scale = either<T>(p.column_scale, scale_row);
+    packed = after(packed, S::kDown * kStep * row_pieces);
   };
 
   float acc[kBytes][kTokenTiles][4] = {};
-  if (first + down < last) fetch(0);
+  if (first + down < last) fetch(first + down, 0);
   table.fill(threadIdx.x, S::kThreads);
   __syncthreads();
   const uint32_t copy = table.copy_of(lane);
-  int stage = 0;
+  unsigned stage = 0;
 #pragma unroll 1
   for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
-    scales[lane] = scale_of<kNested>(p.weight, raw[0], nested_offset) * column_scale;
-    if (two_blocks) scales[kStep + lane] = scale_of<kNested>(p.weight, raw[1], nested_offset) * column_scale;
+    float* const at = scales + stage * (S::kScaleBytes / 4);
+    at[lane] = scale_of<kNested>(p.weight, raw[0], nested_offset) * column_scale;
+    if (two_blocks) at[kStep + lane] = scale_of<kNested>(p.weight, raw[1], nested_offset) * column_scale;
     copy_async_wait<0>();
-    const bool more = step + S::kDown < last;
     if constexpr (S::kShared) {
       __syncthreads();  // of all warps, in every turn
       if (step >= last) break;
-      if (more) fetch(stage ^ 1);
+      if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
     } else {
       __syncwarp();
     }
@@ -201,14 +215,13 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     for (int j = 0; j < kTokenTiles; ++j) {
       dz[j] = load_shared_16(grad_from + stage % S::kGradStages * S::kGradBytes + j * 512);
     }
-    const float4 scale_of_half[2] = {my_scales[0], my_scales[1]};
-    __syncwarp();  // all have read: scales and, where it has one stage, dz may be written again
+    __syncwarp();  // all have read: where dz has one stage, it may be written again
     if constexpr (!S::kShared) {
-      if (more) fetch(stage ^ 1);
+      if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // rows 8 t to 8 t + 3, then to 8 t + 7
-      const float4 scale = scale_of_half[half];
+      const float4 scale = my_scales[stage * (S::kScaleBytes / 16) + half];
       uint32_t word[4][kBytes / 4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

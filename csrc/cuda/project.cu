@@ -10,40 +10,53 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTokens = 4, kRanks = 4;  // of a CTA, at most
 constexpr unsigned kManyCtas = 64;      // with fewer, a CTA has one rank: more of them read at once
 
-// Elements k to k + 7 of a row of `length`; without kVectors at any address, and zeros from its end on.
-template <bool kVectors, class T>
-PEFT_KERNELS_DEVICE void load_row(const T* row, int64_t k, int64_t length, float (&out)[8]) {
-  if constexpr (kVectors) {
-    load_8(row + k, out);
-  } else {
+// Elements k to k + 7 of a row of `length`, at any address; zeros from its end on.
+template <class T>
+PEFT_KERNELS_DEVICE void load_any_8(const T* row, int64_t k, int64_t length, float (&out)[8]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = k + j < length ? to_float(row[k + j]) : 0.0f;
-  }
+  for (int j = 0; j < 8; ++j) out[j] = k + j < length ? to_float(row[k + j]) : 0.0f;
 }
 
 // This thread's part of the sums. Tokens and ranks outside are read from inside, and not stored.
-template <bool kVectors, class X, class A, int kCountTokens, int kCountRanks>
+template <class X, class A, int kCountTokens, int kCountRanks>
 PEFT_KERNELS_DEVICE void add_products(const Projection& p, int64_t token0, int64_t rank0,
                                       float (&sum)[kCountTokens][kCountRanks]) {
+  const bool vectors = p.in_features % 8 == 0 && p.x_stride % 8 == 0 && aligned_16(p.x.data) && aligned_16(p.a.data);
   const bool drops = p.dropout.seed != nullptr;
   const uint64_t seed = drops ? static_cast<uint64_t>(__ldg(p.dropout.seed)) : 0;
+  const auto x_row = [&](int i) {
+    return static_cast<const X*>(p.x.data) + min(token0 + i, p.tokens - 1) * p.x_stride;
+  };
+  const auto a_row = [&](int j) {
+    return static_cast<const A*>(p.a.data) + min(rank0 + j, p.rank - 1) * p.in_features;
+  };
   for (int64_t k = 8 * threadIdx.x; k < p.in_features; k += 8 * kThreads) {
-    float x[kCountTokens][8];
+    float x[kCountTokens][8], a[kCountRanks][8];
+    if (vectors) {
 #pragma unroll
-    for (int i = 0; i < kCountTokens; ++i) {
-      const int64_t token = min(token0 + i, p.tokens - 1);
-      load_row<kVectors>(static_cast<const X*>(p.x.data) + token * p.x_stride, k, p.in_features, x[i]);
-      if (drops) drop_8(p.dropout, seed, static_cast<uint64_t>(token * p.in_features + k), x[i]);
+      for (int i = 0; i < kCountTokens; ++i) load_8(x_row(i) + k, x[i]);
+#pragma unroll
+      for (int j = 0; j < kCountRanks; ++j) load_8(a_row(j) + k, a[j]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCountTokens; ++i) load_any_8(x_row(i), k, p.in_features, x[i]);
+#pragma unroll
+      for (int j = 0; j < kCountRanks; ++j) load_any_8(a_row(j), k, p.in_features, a[j]);
     }
-#pragma unroll
-    for (int j = 0; j < kCountRanks; ++j) {
-      float a[8];
-      load_row<kVectors>(static_cast<const A*>(p.a.data) + min(rank0 + j, p.rank - 1) * p.in_features, k, p.in_features,
-                         a);
+    if (drops) {
+      const uint32_t kept = kept_rows<kCountTokens>(p.dropout, seed, token0 * p.in_features + k, p.in_features);
 #pragma unroll
       for (int i = 0; i < kCountTokens; ++i) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sum[i][j] = fmaf(x[i][e], a[e], sum[i][j]);
+        for (int e = 0; e < 8; ++e) x[i][e] = kept >> (8 * i + e) & 1 ? x[i][e] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCountTokens; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCountRanks; ++j) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[i][j] = fmaf(x[i][e], a[j][e], sum[i][j]);
       }
     }
   }
@@ -55,11 +68,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
   __shared__ float parts[kWarps][kCount];
   const int64_t rank0 = int64_t{blockIdx.x} * kCountRanks, token0 = int64_t{blockIdx.y} * kCountTokens;
   float sum[kCountTokens][kCountRanks] = {};
-  if (p.in_features % 8 == 0 && p.x_stride % 8 == 0 && aligned_16(p.x.data) && aligned_16(p.a.data)) {
-    add_products<true, X, A>(p, token0, rank0, sum);
-  } else {
-    add_products<false, X, A>(p, token0, rank0, sum);
-  }
+  add_products<X, A>(p, token0, rank0, sum);
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float& s = sum[i / kCountRanks][i % kCountRanks];

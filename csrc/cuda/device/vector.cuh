@@ -51,29 +51,31 @@ PEFT_KERNELS_DEVICE void load_8(const Array& array, int64_t i, float (&out)[8]) 
   }
 }
 
-PEFT_KERNELS_DEVICE PhiloxWords dropout_words(uint64_t seed, uint64_t group) {
-  return philox4x32({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}},
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+// Which of the elements e to e + 7 dropout keeps: bits 0 to 7. A group of four elements has the words of one call of
+// Philox; eight that begin inside a group have a part of three.
+PEFT_KERNELS_DEVICE uint32_t kept_8(const Dropout& dropout, uint64_t seed, uint64_t e) {
+  const int inside = static_cast<int>(e & 3);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (i == 2 && inside == 0) break;
+    const uint64_t group = (e >> 2) + i;
+    const PhiloxWords words = philox4x32({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}},
+                                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits |= (words.word[j] >= dropout.threshold ? 1u : 0u) << (4 * i + j);
+  }
+  return bits >> inside & 0xFF;
 }
 
-// Zeros in place of the elements e to e + 7 that dropout drops; without its scale.
-PEFT_KERNELS_DEVICE void drop_8(const Dropout& dropout, uint64_t seed, uint64_t e, float (&values)[8]) {
-  if ((e & 3) == 0) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const PhiloxWords words = dropout_words(seed, (e >> 2) + half);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[4 * half + j] = words.word[j] >= dropout.threshold ? values[4 * half + j] : 0;
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const PhiloxWords words = dropout_words(seed, (e + j) >> 2);
-      const int w = static_cast<int>((e + j) & 3);
-      const uint32_t word = w < 2 ? (w == 0 ? words.word[0] : words.word[1]) : (w == 2 ? words.word[2] : words.word[3]);
-      if (word < dropout.threshold) values[j] = 0;
-    }
-  }
+// The same of up to four rows, `stride` elements apart, eight bits each. One call at a time: code is short.
+template <int kCount>
+PEFT_KERNELS_DEVICE uint32_t kept_rows(const Dropout& dropout, uint64_t seed, uint64_t e, uint64_t stride) {
+  static_assert(kCount <= 4);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < kCount; ++i) bits |= kept_8(dropout, seed, e + i * stride) << (8 * i);
+  return bits;
 }
 
 }  // namespace peft_kernels::cuda
