@@ -2,6 +2,8 @@
 // and the device. Host code without CUDA: `pk.explain` asks it too (python_bindings/cuda/plan.cpp).
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/plan.h"
 #include "cuda/select_input_gradient.h"
 #include "cuda/select_linear.h"

@@ -153,7 +153,9 @@ def test_bytes_and_transactions_are_the_fewest(dtype: torch.dtype, double_quant:
         for access in result.accesses:
             nested_code = access.name.endswith("nc.f32") and double_quant
             assert access.transactions == access.ideal or nested_code, access
-        wide = sum(access.bytes for access in result.accesses if ".v4." in access.name and access.space == "global")
+        wide = sum(
+            access.bytes for access in result.accesses if ".v4." in access.name and access.space == "global"
+        )
         assert wide >= weight.nbytes + (w.packed.nbytes if result is dequantize else 0)
 
 
@@ -186,7 +188,12 @@ def test_everything_stays_in_registers(nvcc: str, arch: int) -> None:
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.randn(5, 33), torch.randn(64, 48).t(), torch.randn(1, 64).expand(4, 64).bfloat16(), torch.empty(0, 4)],
+    [
+        torch.randn(5, 33),
+        torch.randn(64, 48).t(),
+        torch.randn(1, 64).expand(4, 64).bfloat16(),
+        torch.empty(0, 4),
+    ],
     ids=["odd", "transposed", "stride 0", "empty"],
 )
 def test_opcheck_quantize(weight: torch.Tensor) -> None:
