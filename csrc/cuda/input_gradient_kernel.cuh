@@ -181,10 +181,10 @@ PEFT_KERNELS_DEVICE float either(const Array& array, int i) {
                                         : to_float(static_cast<const T*>(array.data)[i]);
 }
 
-// p + pieces, by one instruction.
-PEFT_KERNELS_DEVICE const uint4* after(const uint4* p, uint32_t pieces) {
-  const uint4* q;
-  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(q) : "r"(pieces), "l"(p));
+// Address of a piece of 16 bytes, by one instruction.
+PEFT_KERNELS_DEVICE const void* piece_of(const void* p, uint32_t number) {
+  const void* q;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(q) : "r"(number), "l"(p));
   return q;
 }
 
@@ -220,10 +220,9 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const int chunk = lane % kChunks, copy_t = lane / kChunks & 3, copy_j = lane / kChunks / 4;
   const uint32_t copy_to =
       keep(weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 + ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16);
-  const int copy_byte = min(column0 / 2 + chunk * 16, static_cast<int>(p.in_features / 2) - 16);
-  const uint4* packed =
-      reinterpret_cast<const uint4*>(p.weight.packed + (row + 8 * copy_t + copy_j) * (p.in_features / 2) + copy_byte);
   const uint32_t row_pieces = static_cast<uint32_t>(p.in_features / 32);  // of 16 bytes
+  uint32_t packed = static_cast<uint32_t>(row + 8 * copy_t + copy_j) * row_pieces +
+                    min(static_cast<uint32_t>(column0 / 32 + chunk), row_pieces - 1);
   const uint32_t read_from =
       keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8 : t * 32 + g * 4));
 
@@ -231,12 +230,11 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const int sharer = across * 32 + lane;
   const int grad_token = sharer / 4, grad_row = sharer % 4 * 8;
   constexpr int kGradsApart = S::kSharers / 4, kGradCopies = kTokens / kGradsApart;
-  const uint4* grad = reinterpret_cast<const uint4*>(static_cast<const T*>(p.grad.data) + row + grad_row);
-  uint32_t grad_pieces[kGradCopies];  // to each of the tokens
+  uint32_t grad[kGradCopies];  // pieces of 16 bytes to the rows of each token
 #pragma unroll
   for (int i = 0; i < kGradCopies; ++i) {
     const int64_t token = min(token0 + grad_token + i * kGradsApart, p.tokens - 1);
-    grad_pieces[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8)));
+    grad[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8) + (row + grad_row) / 8));
   }
   const uint32_t grads = shared + S::kGrads + down * (S::kGradStages * S::kGradBytes);
   const uint32_t grad_to = keep(grads + sharer * 16);
@@ -256,21 +254,21 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       copy_async_16(copy_to + stage * S::kWeightBytes + i * kRowsApart * 32 * kBytes,
-                    after(packed, i * kRowsApart * row_pieces));
+                    piece_of(p.weight.packed, packed + i * kRowsApart * row_pieces));
     }
 #pragma unroll
     for (int i = 0; i < kGradCopies; ++i) {
       copy_async_16(grad_to + stage % S::kGradStages * S::kGradBytes + i * S::kSharers * 16,
-                    after(grad, grad_pieces[i]));
+                    piece_of(p.grad.data, grad[i]));
+      grad[i] += S::kDown * kStep / 8;
     }
-    grad += S::kDown * kStep / 8;
     copy_async_commit();
     const int scale_row = step * kStep + lane;
     const uint32_t block = static_cast<uint32_t>(scale_row) * row_blocks + block0;
     raw[0] = load_scale<kNested>(p.weight, block);
     if (second_inside) raw[1] = load_scale<kNested>(p.weight, block + 1);
     if (p.column_scale) column_scale = either<T>(p.column_scale, scale_row);
-    packed = after(packed, S::kDown * kStep * row_pieces);
+    packed += S::kDown * kStep * row_pieces;
   };
 
   float acc[kBytes][kTokenTiles][4] = {};
