@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CXX_SOURCES := $(shell find csrc python_bindings -type f 2>/dev/null)
-CXX_FORMATTED := $(shell find csrc python_bindings tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_FORMATTED := $(shell find csrc python_bindings tests/cpp tests/gpuless -regex '.*\.\(h\|cpp\|cu\|cuh\)' 2>/dev/null)
 
 # The build tools from PyPI are in .venv; a failed native build is an error here, never a quiet fall-back.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,7 +14,7 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test test-gpuless gpu-report demo demo-methods bench lint types format cpp-test wheel clean
+.PHONY: help venv build cuda test test-gpuless gpu-report gpu-check demo demo-methods bench lint types format cpp-test wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,11 +23,20 @@ venv: .venv/installed ## Make .venv with everything that the targets below need 
 
 build: .venv/installed .venv/built ## Compile the native library into peft_kernels/ (incremental)
 
+cuda: venv ## Compile the library with CUDA C++ kernels for every GPU into build/cuda (needs nvcc; no GPU, no CUDA torch)
+	cmake -G Ninja -S . -B build/cuda --log-level=STATUS -DPEFT_KERNELS_CUDA=1 -DPEFT_KERNELS_WERROR=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPEFT_KERNELS_OUTPUT_DIR=$(CURDIR)/build/cuda
+	cmake --build build/cuda -- -k 0
+	cd tests && ../$(BIN)/python -m gpuless.cubins ../build/cuda/_native.so
+
 test: build ## Run the Python tests
 	$(BIN)/python -m pytest tests
 
 test-gpuless: build ## Run every GPU kernel and configuration on emulated GPUs (many minutes)
 	$(BIN)/python -m pytest tests/gpuless tests/ops -m "gpuless_full or not gpuless_full" -k "gpuless or triton"
+
+gpu-check: venv ## On a machine with an NVIDIA GPU: build for it, test, compute-sanitizer, benchmark
+	bash tests/gpu/check.sh
 
 demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about a minute)
 	$(BIN)/python examples/demo.py
@@ -39,7 +48,7 @@ bench: build ## Measure every kernel against its baselines (quick suite)
 	$(BIN)/python -m peft_kernels.bench --suite quick
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
-	cd tests && ../$(BIN)/python -m gpuless.tables
+	cd tests && ../$(BIN)/python -m gpuless.tables && ../$(BIN)/python -m gpuless.cuda_tables
 
 lint: venv ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

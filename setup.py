@@ -2,7 +2,11 @@
 
 The library talks to torch's stable C++ ABI and never to Python, so a wheel serves every Python 3 and every
 torch >= 2.10 of its platform. Where it cannot be built the package installs without it, says so, and runs on
-the reference; PEFT_KERNELS_REQUIRE_NATIVE=1 makes that an error. CXX and CMAKE_ARGS reach CMake.
+the reference; PEFT_KERNELS_REQUIRE_NATIVE=1 makes that an error. CXX, CUDACXX and CMAKE_ARGS reach CMake.
+
+Kernels in CUDA C++ are in the library where nvcc and a CUDA build of torch were found. PEFT_KERNELS_CUDA=1
+builds them for any torch, and makes it an error where that cannot be done; PEFT_KERNELS_CUDA=0 leaves them
+out. PEFT_KERNELS_CUDA_ARCHS says for which GPUs, as CMAKE_CUDA_ARCHITECTURES does: "90a-real", for example.
 """
 
 from __future__ import annotations
@@ -25,9 +29,14 @@ LIBRARY = "_native.so"
 FAILURE_NOTE = "_native_build_failure.txt"  # shipped instead of the library, for `python -m peft_kernels`
 REMEDY = (
     "Without it every operation runs on the slow reference implementation. Install a C++20 compiler "
-    "(Debian: apt-get install g++) and install this package again."
+    "(Debian: apt-get install g++) and install this package again. If it is nvcc that fails, "
+    "PEFT_KERNELS_CUDA=0 builds the library without CUDA C++ kernels; Triton's then serve GPUs."
 )
-REQUIRE_NATIVE = os.environ.get("PEFT_KERNELS_REQUIRE_NATIVE", "0") not in ("", "0")
+CUDA = os.environ.get("PEFT_KERNELS_CUDA") or "AUTO"
+REQUIRE_NATIVE = os.environ.get("PEFT_KERNELS_REQUIRE_NATIVE", "0") not in ("", "0") or CUDA not in (
+    "0",
+    "AUTO",
+)
 
 
 class NativeBuildError(RuntimeError):
@@ -95,10 +104,18 @@ def build_native(build_dir: Path, package: Path) -> None:
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPEFT_KERNELS_OUTPUT_DIR={package}",
+        f"-DPEFT_KERNELS_CUDA={CUDA}",
+        *cuda_architectures(),
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     for command in (configure, [cmake, "--build", str(build_dir)]):
         run_logged(command, log)
+
+
+def cuda_architectures() -> list[str]:
+    """Return the option that chooses GPUs: none for all of them."""
+    chosen = os.environ.get("PEFT_KERNELS_CUDA_ARCHS")
+    return [f"-DPEFT_KERNELS_CUDA_ARCHS={chosen}"] if chosen else ["-UPEFT_KERNELS_CUDA_ARCHS"]
 
 
 def find_tool(name: str) -> str:

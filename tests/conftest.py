@@ -103,8 +103,17 @@ def gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
         yield gpu
 
 
+@pytest.fixture(scope="session")
+def emulated_cuda() -> None:
+    """Build the library with the CUDA C++ kernels' host code; if that fails, it fails once."""
+    import gpuless
+
+    with gpuless.cuda(EMULATED_CUDA[0]):
+        pass
+
+
 @pytest.fixture(params=EMULATED_CUDA, ids=lambda arch: f"sm_{arch}")
-def cuda_gpu(request: pytest.FixtureRequest, poison: None) -> Iterator[Any]:
+def cuda_gpu(request: pytest.FixtureRequest, emulated_cuda: None, poison: None) -> Iterator[Any]:
     """Run the test on an emulated GPU with CUDA C++ kernels, and Triton's for what they do not take."""
     import gpuless
     import peft_kernels as pk

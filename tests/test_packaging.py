@@ -89,8 +89,15 @@ def test_every_requirement_is_pinned() -> None:
 
 @needs_library
 def test_the_library_depends_on_torch_and_the_c_library_alone() -> None:
-    """No Python symbol (one binary for every Python), no libtorch_python, no path of the building machine."""
-    dynamic = subprocess.check_output(["readelf", "--dynamic", "--wide", str(NATIVE_LIBRARY_PATH)], text=True)
+    check_dependencies(NATIVE_LIBRARY_PATH, ROOT)
+
+
+def check_dependencies(library: Path, built_in: Path) -> None:
+    """No Python symbol (one binary for every Python), no libtorch_python, no path of the building machine.
+
+    Nor of CUDA: its runtime is inside, where nobody else finds it. What only a CUDA torch has is weak.
+    """
+    dynamic = subprocess.check_output(["readelf", "--dynamic", "--wide", str(library)], text=True)
     needed = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.+)\]", dynamic)}
     assert {"libtorch", "libtorch_cpu"} <= needed
     assert needed <= {
@@ -105,11 +112,14 @@ def test_the_library_depends_on_torch_and_the_c_library_alone() -> None:
     }
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
-    symbols = subprocess.check_output(
-        ["nm", "--dynamic", "--undefined-only", str(NATIVE_LIBRARY_PATH)], text=True
-    )
+    symbols = subprocess.check_output(["nm", "--dynamic", "--undefined-only", str(library)], text=True)
     assert not re.search(r"\b_?Py[A-Z_]\w+", symbols)
-    assert str(ROOT).encode() not in NATIVE_LIBRARY_PATH.read_bytes()
+    assert not re.search(r" U (?!aoti_torch_device_type_)\w*cuda", symbols)
+    exported = subprocess.check_output(["nm", "--dynamic", "--defined-only", str(library)], text=True)
+    ours = re.findall(r" [TDBR] (?!_edata|_end|__bss_start)(\w+)", exported)
+    assert ours
+    assert all(name.startswith("peft_kernels_") for name in ours), ours
+    assert str(built_in).encode() not in library.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +135,7 @@ def build_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     return subprocess.run(
         [*command, str(folder), str(checkout)],
-        env={**os.environ, "PEFT_KERNELS_REQUIRE_NATIVE": "0", **environment},
+        env={**os.environ, "PEFT_KERNELS_REQUIRE_NATIVE": "0", "PEFT_KERNELS_CUDA": "0", **environment},
         capture_output=True,
         text=True,
     )
@@ -133,11 +143,21 @@ def build_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With CUDA C++ kernels where there is nvcc: as PTX alone, which takes seconds."""
     folder = tmp_path_factory.mktemp("wheel")
-    result = build_wheel(checkout, folder, PEFT_KERNELS_REQUIRE_NATIVE="1")
+    cuda = {"PEFT_KERNELS_CUDA": "1", "PEFT_KERNELS_CUDA_ARCHS": "80-virtual"} if shutil.which("nvcc") else {}
+    result = build_wheel(checkout, folder, PEFT_KERNELS_REQUIRE_NATIVE="1", **cuda)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
 
 
 def test_a_wheel_serves_every_python(wheel: Path) -> None:
@@ -161,6 +181,99 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", str(path)], text=True)
         assert "::kTable" in symbols
         assert re.findall(r" [WV] .*", symbols) == [], path.name
+
+
+def test_the_library_with_cuda_kernels_serves_a_torch_without(
+    nvcc: str, checkout: Path, installed: Path, tmp_path: Path
+) -> None:
+    """It loads, has its schemas and kernels, and runs its CPU part."""
+    check_dependencies(installed / "peft_kernels" / "_native.so", checkout)
+    program = """if True:
+        import pytest, torch
+        import peft_kernels as pk
+        from peft_kernels.core.backend import backend_of, has_cuda_kernels
+        from peft_kernels.core.library import native_library
+        assert native_library().loaded, native_library()
+        assert native_library().cuda_architectures == ("80",), native_library()
+        assert has_cuda_kernels()
+        weight = pk.functional.nf4_quantize(torch.ones(4, 64))
+        y = pk.functional.nf4_linear(torch.ones(2, 64), weight)
+        assert torch.equal(y, torch.full((2, 4), 64.0)), y
+        assert backend_of("adapted_linear", "cpu").startswith("cpu (C++")
+        op = torch.ops.peft_kernels.nf4_quantize
+        assert str(op.cuda._schema).replace(".cuda", "") == str(op.default._schema)
+        assert not torch.cuda.is_available()
+        with pytest.raises(RuntimeError, match="weight must be on the GPU"):
+            op.cuda(torch.ones(4, 64), 64)
+        print(pk.__file__)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
+
+
+def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
+    """CMake's first step, as setup.py does it."""
+    chosen = [f"-D{name}={value}" for name, value in options.items()]
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    command = [
+        shutil.which("cmake"),
+        "-G",
+        "Ninja",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder / "build"),
+        python,
+        *chosen,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}  # a torch of the test's comes first
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("sign", ["version", "library"])
+def test_cuda_kernels_are_built_for_a_cuda_torch(nvcc: str, tmp_path: Path, sign: str) -> None:
+    torch_folder = fake_torch(tmp_path, "2.12.0+cu130")
+    if sign == "version":
+        with (torch_folder / "version.py").open("a") as file:
+            file.write("cuda: Optional[str] = '13.0'\n")
+    else:
+        (torch_folder / "lib").mkdir()
+        (torch_folder / "lib" / "libtorch_cuda.so").touch()
+    said = configure(tmp_path).stdout
+    assert re.search(
+        r"CUDA C\+\+ kernels: nvcc [\d.]+ for 80-real;86-real;89-real;90a-real.*;80-virtual", said
+    )
+    said = configure(tmp_path, PEFT_KERNELS_CUDA_ARCHS="90a-real,80-virtual").stdout
+    assert re.search(r"CUDA C\+\+ kernels: nvcc [\d.]+ for 90a-real;80-virtual", said)
+    assert "CUDA C++ kernels: none (PEFT_KERNELS_CUDA=0)" in configure(tmp_path, PEFT_KERNELS_CUDA="0").stdout
+
+
+def test_cuda_kernels_are_left_out_for_a_torch_without(tmp_path: Path) -> None:
+    with (fake_torch(tmp_path, "2.12.0+cpu") / "version.py").open("a") as file:
+        file.write("cuda: Optional[str] = None\n")
+    assert "CUDA C++ kernels: none (torch is a build without CUDA)" in configure(tmp_path).stdout
+
+
+def test_required_cuda_kernels_that_cannot_be_built_are_an_error(checkout: Path, tmp_path: Path) -> None:
+    """Even where the native library is not required."""
+    result = build_wheel(checkout, tmp_path, PEFT_KERNELS_CUDA="1", CUDACXX="/bin/false")
+    assert result.returncode != 0
+    said = " ".join((result.stdout + result.stderr).split())  # CMake wraps its lines
+    assert "PEFT_KERNELS_CUDA=1, but nvcc was not found; put it on PATH, or set CUDACXX" in said
+
+
+def test_kernels_are_emulated_as_they_are_built() -> None:
+    from gpuless.toolchain import CUDA_FLAGS
+
+    flags = set(CUDA_FLAGS) - {"-O3", "-DNDEBUG", "-std=c++17"}  # CMake's own: Release, CUDA_STANDARD
+    assert all(flag in (ROOT / "CMakeLists.txt").read_text() for flag in flags)
 
 
 def test_without_a_compiler_it_installs_says_so_once_and_runs_on_the_reference(

@@ -2,6 +2,8 @@
 // and the device. Host code without CUDA: `pk.explain` asks it too (python_bindings/cuda/plan.cpp).
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/plan.h"
 #include "cuda/select_input_gradient.h"
 #include "cuda/select_linear.h"
@@ -15,13 +17,6 @@ inline Plan select(const Product& product, const Device& device) {
 
 // Parts of the sum over K of a projection.
 inline int64_t projection_splits(int64_t, int64_t, int64_t, const Device&) { return 1; }
-
-// Parts of the sum over K of dora_norm: four CTAs of 64 rows for a multiprocessor, 256 inputs or more for each.
-inline int64_t norm_splits(int64_t in_features, int64_t out_features, const Device& device) {
-  const int64_t row_blocks = (out_features + 63) / 64;
-  const int64_t wanted = (4 * device.multiprocessors + row_blocks - 1) / row_blocks;
-  return std::max<int64_t>(1, std::min(wanted, in_features / 256));
-}
 
 // Parts of the sum over K of dora_norm: four CTAs of 64 rows for a multiprocessor, 256 inputs or more for each.
 inline int64_t norm_splits(int64_t in_features, int64_t out_features, const Device& device) {

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <optional>
 
+#include "cuda/select.h"
 #include "gpu.h"
 
 namespace peft_kernels::bindings {

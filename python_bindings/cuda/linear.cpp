@@ -1,6 +1,7 @@
 // adapted_linear and nf4_linear_backward_input for tensors on GPUs; schemas in peft_kernels/ops/linear/schema.py.
 // Problems that select() leaves to others go on to Triton's kernels.
 #include "../linear_operands.h"
+#include "cuda/select.h"
 #include "gpu.h"
 
 namespace peft_kernels::bindings {

@@ -1,4 +1,5 @@
 // What select() says about a product on the current device: peft_kernels_cuda::plan, which `pk.explain` asks.
+#include "cuda/select.h"
 #include "gpu.h"
 
 namespace peft_kernels::bindings {

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -120,7 +122,8 @@ class EmulatedCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._overloadname not in ("cuda", "triton"):
+        traced = any(issubclass(each, (FakeTensor, FunctionalTensor)) for each in types)
+        if traced or func._overloadname not in ("cuda", "triton"):
             results = func(*args, **kwargs)
             if self._alive:
                 self._note(func._schema.name.partition("::")[2], results)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "gpuless"
 TORCH = Path(torch.__file__).parent
 RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
-CUDA_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fmad=false")
+# As in CMakeLists.txt.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "--expt-relaxed-constexpr")
 _SPECIFIC = (90, 100)  # compiled for their own instructions, as sm_90a
 _HOST_FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),

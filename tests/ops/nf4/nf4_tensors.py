@@ -4,6 +4,7 @@ import math
 
 import torch
 
+import peft_kernels as pk
 from peft_kernels.ops.nf4.reference import NF4_CODE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,3 +79,18 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
         assert torch.equal(actual.signbit() & ~nan, expected.signbit() & ~nan)
         actual, expected = actual.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0)
     assert torch.equal(actual, expected)
+
+
+def assert_same_as_reference(
+    weight: torch.Tensor, blocksize: int, double_quant: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    """Both ops of the backend that is in force."""
+    ours = pk.functional.nf4_quantize(weight, blocksize, double_quant)
+    with pk.use_backend("reference"):
+        expected = pk.functional.nf4_quantize(weight, blocksize, double_quant)
+    assert_same_bits(ours.packed, expected.packed)
+    assert_same_bits(ours.absmax, expected.absmax)
+    for dtype in dtypes:
+        dense = ours.dequantize(dtype)
+        with pk.use_backend("reference"):
+            assert_same_bits(dense, expected.dequantize(dtype))

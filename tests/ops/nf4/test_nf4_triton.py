@@ -10,7 +10,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from nf4_tensors import DTYPES, adversarial, assert_same_bits, decision_points, random_tensor
+from nf4_tensors import (
+    DTYPES,
+    adversarial,
+    assert_same_as_reference,
+    assert_same_bits,
+    decision_points,
+    random_tensor,
+)
 
 import gpuless
 import peft_kernels as pk
@@ -38,21 +45,6 @@ def emulated(arch: int, *, gather: bool = False) -> Iterator[EmulatedGPU]:
 def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedGPU]:
     with emulated(request.param) as device:
         yield device
-
-
-def assert_same_as_reference(
-    weight: torch.Tensor, blocksize: int, double_quant: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
-) -> None:
-    """Both ops, to be called with the Triton backend in force."""
-    ours = pk.functional.nf4_quantize(weight, blocksize, double_quant)
-    with pk.use_backend("reference"):
-        expected = pk.functional.nf4_quantize(weight, blocksize, double_quant)
-    assert_same_bits(ours.packed, expected.packed)
-    assert_same_bits(ours.absmax, expected.absmax)
-    for dtype in dtypes:
-        dense = ours.dequantize(dtype)
-        with pk.use_backend("reference"):
-            assert_same_bits(dense, expected.dequantize(dtype))
 
 
 @pytest.mark.parametrize("n", [1, 2, 63, TILE - 1, 2 * TILE + 33])
