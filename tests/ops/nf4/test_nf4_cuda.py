@@ -19,7 +19,8 @@ from nf4_tensors import (
 import gpuless
 import peft_kernels as pk
 from gpuless import toolchain
-from gpuless.static import ptx_budget
+from gpuless.sass import disassemble
+from gpuless.static import cubin_budget
 from peft_kernels.core.library import native_library
 from peft_kernels.ops.nf4.schema import BLOCKSIZES
 
@@ -175,11 +176,11 @@ def test_a_missing_barrier_is_found() -> None:
 
 @pytest.mark.parametrize("arch", [90, *(pytest.param(each, marks=full) for each in (80, 86, 89, 100, 120))])
 def test_everything_stays_in_registers(nvcc: str, arch: int) -> None:
-    ptx = toolchain.ptx(SOURCE, arch)
-    kernels = re.findall(r"\.entry\s+(\w+)", ptx)
+    code = toolchain.cubin(SOURCE, arch)
+    kernels = list(disassemble(code))
     assert len(kernels) == 6
     for kernel in kernels:
-        found = ptx_budget(ptx, arch, threads=128, kernel=kernel)
+        found = cubin_budget(code, arch, threads=128, kernel=kernel)
         assert found.in_registers, found
         assert found.occupancy.ctas >= 8, found
 
