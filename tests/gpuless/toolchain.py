@@ -82,14 +82,6 @@ def cubin(source: Path, arch: int, include: Sequence[Path] = (ROOT / "csrc",)) -
     return _cached(source.stem + ".cubin", command, _inputs(source, include)).read_bytes()
 
 
-def cubin(source: Path, arch: int, include: Sequence[Path] = (ROOT / "csrc",)) -> bytes:
-    """The same, assembled: machine code."""
-    flags = [*CUDA_FLAGS, *(f"-I{folder}" for folder in include)]
-    target = f"sm_{arch}{'a' if arch in (90, 100) else ''}"
-    command = [_nvcc(), "-cubin", f"-arch={target}", *flags, str(source)]
-    return _cached(source.stem + ".cubin", command, _inputs(source, include)).read_bytes()
-
-
 def library(sources: Sources) -> Path:
     """The shared library of all sources and the emulator's CUDA runtime."""
     if not sources.kernels:

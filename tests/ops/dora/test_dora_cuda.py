@@ -24,7 +24,7 @@ full = pytest.mark.gpuless_full
 TILES = ((130, 160, 17), (64, 512, 64), (5, 288, 70), (65, 640, 8), (3, 136, 6), (66, 512, 3))
 
 
-@pytest.mark.parametrize(("n", "k", "r"), (*SHAPES, *TILES))
+@pytest.mark.parametrize(("n", "k", "r"), [*SHAPES, *TILES])
 def test_norm_against_float64(cuda_gpu: Any, n: int, k: int, r: int) -> None:
     weight, dtype = WEIGHTS[(n + cuda_gpu.triton.arch // 10) % 3], DTYPES[(n + k) % 3]
     check(n, k, r, weight=weight, dtype=dtype, adapter_dtype=DTYPES[n % 3], blocksize=32)
@@ -37,7 +37,7 @@ def test_norm_against_float64(cuda_gpu: Any, n: int, k: int, r: int) -> None:
 @full
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k", "r"), (*SHAPES, *TILES))
+@pytest.mark.parametrize(("n", "k", "r"), [*SHAPES, *TILES])
 def test_every_weight_and_dtype(
     cuda_gpu: Any, weight: str, dtype: torch.dtype, n: int, k: int, r: int
 ) -> None:
@@ -175,7 +175,7 @@ def run(weight: str, dtype: torch.dtype = torch.float32, n: int = 128, k: int = 
 
 @pytest.mark.parametrize("weight", ["nf4", "dense"])
 def test_a_missing_barrier_or_wait_is_found(weight: str) -> None:
-    with gpuless.cuda(80, edit=without_barriers), pytest.raises(gpuless.Report, match="race|uninitialised"):
+    with gpuless.cuda(80, edit=without_barriers), pytest.raises(gpuless.Report, match=r"race|uninitialised"):
         run(weight)
     if weight == "nf4":
         with gpuless.cuda(80, edit=weaker_waits), pytest.raises(gpuless.Report, match=r"cp\.async"):
