@@ -14,7 +14,7 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build cuda test test-gpuless gpu-report demo demo-methods bench lint types format cpp-test wheel clean
+.PHONY: help venv build cuda test test-gpuless gpu-report gpu-check demo demo-methods bench lint types format cpp-test wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test: build ## Run the Python tests
 test-gpuless: build ## Run every GPU kernel and configuration on emulated GPUs (many minutes)
 	$(BIN)/python -m pytest tests/gpuless tests/ops -m "gpuless_full or not gpuless_full" -k "gpuless or triton"
 
+gpu-check: venv ## On a machine with an NVIDIA GPU: build for it, test, compute-sanitizer, benchmark
+	bash tests/gpu/check.sh
+
 demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about a minute)
 	$(BIN)/python examples/demo.py
 
@@ -45,7 +48,7 @@ bench: build ## Measure every kernel against its baselines (quick suite)
 	$(BIN)/python -m peft_kernels.bench --suite quick
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
-	cd tests && ../$(BIN)/python -m gpuless.tables
+	cd tests && ../$(BIN)/python -m gpuless.tables && ../$(BIN)/python -m gpuless.cuda_tables
 
 lint: venv ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

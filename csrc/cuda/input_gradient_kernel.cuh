@@ -92,6 +92,88 @@ PEFT_KERNELS_DEVICE void add_last_rows(const InputGradient& p, int64_t row, int6
   }
 }
 
+// This thread, asked of the hardware again, so that nothing that follows from it occupies registers before.
+PEFT_KERNELS_DEVICE int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Adds the sums of the warps, the second half of them to the first, until one is left; then the rest of dx, or where
+// the sum is split its part.
+template <class T, class S>
+PEFT_KERNELS_DEVICE void store_sums(const InputGradient& p, int splits, float (&acc)[S::kBytes][S::kTokenTiles][4],
+                                    uint8_t* memory) {
+  const int thread = thread_again(), lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
+  const int across = warp % S::kAcross, down = warp / S::kAcross;
+  const int64_t token0 = int64_t{blockIdx.z} * S::kTokens;
+  float4* const exchange = reinterpret_cast<float4*>(memory);
+#pragma unroll
+  for (int half = S::kDown / 2; half > 0; half /= 2) {
+    const int slot = ((down % half) * S::kAcross + across) * (S::kAccumulators / 4);
+    if (down >= half && down < 2 * half) {
+#pragma unroll
+      for (int i = 0; i < S::kBytes * S::kTokenTiles; ++i) {
+        const float (&d)[4] = acc[i / S::kTokenTiles][i % S::kTokenTiles];
+        exchange[(slot + i) * 32 + lane] = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    }
+    __syncthreads();
+    if (down < half) {
+#pragma unroll
+      for (int i = 0; i < S::kBytes * S::kTokenTiles; ++i) {
+        float (&d)[4] = acc[i / S::kTokenTiles][i % S::kTokenTiles];
+        const float4 other = exchange[(slot + i) * 32 + lane];
+        d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
+      }
+    }
+    __syncthreads();
+  }
+  float* const sums = reinterpret_cast<float*>(memory);  // [kTokens, kSumStride]
+  if (down == 0) {
+#pragma unroll
+    for (int i = 0; i < S::kBytes; ++i) {
+#pragma unroll
+      for (int j = 0; j < S::kTokenTiles; ++j) {
+        float* const at = sums + (8 * j + 2 * t) * S::kSumStride + across * S::kWarpColumns + 2 * S::kBytes * g + 2 * i;
+        *reinterpret_cast<float2*>(at) = make_float2(acc[i][j][0], acc[i][j][2]);
+        *reinterpret_cast<float2*>(at + S::kSumStride) = make_float2(acc[i][j][1], acc[i][j][3]);
+      }
+    }
+  }
+  __syncthreads();
+
+  // A thread has eight columns of every 16th token.
+  constexpr int kApart = S::kThreads / 16, kCount = (S::kTokens + kApart - 1) / kApart;
+  const int m = thread / 16, k = thread % 16 * 8;
+  const int64_t column = int64_t{blockIdx.x} * kInputGradientColumns + k;
+  if (m >= S::kTokens || column >= p.in_features) return;
+  float sum[kCount][8];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float4* const at = reinterpret_cast<const float4*>(sums + (m + i * kApart) * S::kSumStride + k);
+    const float4 low = at[0], high = at[1];
+    sum[i][0] = low.x, sum[i][1] = low.y, sum[i][2] = low.z, sum[i][3] = low.w;
+    sum[i][4] = high.x, sum[i][5] = high.y, sum[i][6] = high.z, sum[i][7] = high.w;
+  }
+  if (static_cast<int>(blockIdx.y) == splits - 1) {
+    add_last_rows<T, kCount, kApart>(p, p.out_features / kInputGradientStep * kInputGradientStep, token0 + m, column,
+                                     sum);
+  }
+  if (splits == 1) {
+    finish_input_gradient<T, kCount, kApart>(p, token0 + m, column, sum);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t token = token0 + m + i * kApart;
+    if (token >= p.tokens) continue;
+    float4* const to = reinterpret_cast<float4*>(p.partials + (blockIdx.y * p.tokens + token) * p.in_features + column);
+    to[0] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    to[1] = make_float4(sum[i][4], sum[i][5], sum[i][6], sum[i][7]);
+  }
+}
+
 // An element of an array of T or fp32.
 template <class T>
 PEFT_KERNELS_DEVICE float either(const Array& array, int i) {
@@ -197,7 +279,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   __syncthreads();
   const uint32_t copy = table.copy_of(lane);
   unsigned stage = 0;
-#pragma unroll 1
+#pragma unroll 2
   for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
     float* const at = scales + stage * (S::kScaleBytes / 4);
     at[lane] = scale_of<kNested>(p.weight, raw[0], nested_offset) * column_scale;
@@ -215,8 +297,8 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     for (int j = 0; j < kTokenTiles; ++j) {
       dz[j] = load_shared_16(grad_from + stage % S::kGradStages * S::kGradBytes + j * 512);
     }
-    __syncwarp();  // all have read: where dz has one stage, it may be written again
     if constexpr (!S::kShared) {
+      __syncwarp();  // all have read dz, which has one stage
       if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
     }
 #pragma unroll
@@ -245,72 +327,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   }
   copy_async_wait<0>();
   __syncthreads();
-
-  // ---- The sums of the warps: the second half of them is added to the first, until one is left.
-  float4* const exchange = reinterpret_cast<float4*>(memory);
-#pragma unroll
-  for (int half = S::kDown / 2; half > 0; half /= 2) {
-    const int slot = ((down % half) * S::kAcross + across) * (S::kAccumulators / 4);
-    if (down >= half && down < 2 * half) {
-#pragma unroll
-      for (int i = 0; i < kBytes * kTokenTiles; ++i) {
-        const float (&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
-        exchange[(slot + i) * 32 + lane] = make_float4(d[0], d[1], d[2], d[3]);
-      }
-    }
-    __syncthreads();
-    if (down < half) {
-#pragma unroll
-      for (int i = 0; i < kBytes * kTokenTiles; ++i) {
-        float (&d)[4] = acc[i / kTokenTiles][i % kTokenTiles];
-        const float4 other = exchange[(slot + i) * 32 + lane];
-        d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
-      }
-    }
-    __syncthreads();
-  }
-  float* const sums = reinterpret_cast<float*>(memory);  // [kTokens, kSumStride]
-  if (down == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        float* const at = sums + (8 * j + 2 * t) * S::kSumStride + across * S::kWarpColumns + 2 * kBytes * g + 2 * i;
-        *reinterpret_cast<float2*>(at) = make_float2(acc[i][j][0], acc[i][j][2]);
-        *reinterpret_cast<float2*>(at + S::kSumStride) = make_float2(acc[i][j][1], acc[i][j][3]);
-      }
-    }
-  }
-  __syncthreads();
-
-  // ---- A thread has eight columns of every 16th token.
-  constexpr int kApart = S::kThreads / 16, kCount = (kTokens + kApart - 1) / kApart;
-  const int m = threadIdx.x / 16, k = threadIdx.x % 16 * 8;
-  const int64_t column = int64_t{blockIdx.x} * kInputGradientColumns + k;
-  if (m >= kTokens || column >= p.in_features) return;
-  float sum[kCount][8];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float4* const at = reinterpret_cast<const float4*>(sums + (m + i * kApart) * S::kSumStride + k);
-    const float4 low = at[0], high = at[1];
-    sum[i][0] = low.x, sum[i][1] = low.y, sum[i][2] = low.z, sum[i][3] = low.w;
-    sum[i][4] = high.x, sum[i][5] = high.y, sum[i][6] = high.z, sum[i][7] = high.w;
-  }
-  if (static_cast<int>(blockIdx.y) == splits - 1) {
-    add_last_rows<T, kCount, kApart>(p, int64_t{steps} * kStep, token0 + m, column, sum);
-  }
-  if (splits == 1) {
-    finish_input_gradient<T, kCount, kApart>(p, token0 + m, column, sum);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t token = token0 + m + i * kApart;
-    if (token >= p.tokens) continue;
-    float4* const to = reinterpret_cast<float4*>(p.partials + (blockIdx.y * p.tokens + token) * p.in_features + column);
-    to[0] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-    to[1] = make_float4(sum[i][4], sum[i][5], sum[i][6], sum[i][7]);
-  }
+  store_sums<T, S>(p, splits, acc, memory);
 }
 
 }  // namespace peft_kernels::cuda

@@ -12,7 +12,7 @@ constexpr int kGemvWarps = 8, kGemvTokens = 8;
 __device__ const uint4 kZeroBlock[8] = {};  // x of blocks beyond K: an infinity there would not vanish times absmax 0
 
 template <class T, bool kNested>
-__global__ void __launch_bounds__(32 * kGemvWarps) linear_gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
+__global__ void __launch_bounds__(32 * kGemvWarps, kPairs ? 0 : 2) linear_gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
   using Sums = Parts<kGemvTokens, kTileRows, kGemvWarps>;
   constexpr int kSumBytes = sizeof(float) * Sums::kFloats;
   static_assert(kSumBytes <= PairTable::kBytes);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kGemvWarps) linear_gemv_kernel(const __gr
   for (int begin = warp * kChunkBlocks; begin < blocks; begin += kGemvWarps * kChunkBlocks) {
     load(next, block + kGemvWarps * kChunkBlocks);
     float absmax[2];
-    scales.decode(absmax, now.absmax, block, block < blocks);
+    scales.decode(absmax, now.absmax, min(block, blocks - 1), block < blocks);
     const TileDecoder<T, kPairs> decoder(absmax[0], absmax[1], copy);
     const uint4* values = block < blocks ? x + 8 * block : kZeroBlock;
 #pragma unroll

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3) linear_gemv_fp32_kernel
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * GemvFp32::kOutputs;
-  const int inputs = static_cast<int>(p.in_features), chunks = (inputs + GemvFp32::kChunk - 1) / GemvFp32::kChunk;
+  const int inputs = static_cast<int>(p.in_features), pieces = inputs / GemvFp32::kInputs, chunks = (pieces + 31) / 32;
 
   // ---- x: 8 inputs of every lane at a time, [token][lane][half ^ (lane / 4 & 1)][4]: nothing conflicts. A thread
   // copies 16 bytes of every second token.
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3) linear_gemv_fp32_kernel
   uint4 words[kRows], next_words[kRows];
   typename Scales<kRows, kNested>::Stored next_absmax[kRows];
   const auto load = [&](uint4(&to)[kRows], int chunk) {
-    const int piece = min(chunk * 32 + lane, inputs / GemvFp32::kInputs - 1);
+    const int piece = min(chunk * 32 + lane, pieces - 1);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) to[r] = load_stream(codes[r] + piece);
     scales.load(next_absmax, piece >> 1);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3) linear_gemv_fp32_kernel
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int piece = chunk * 32 + lane;
     float absmax[kRows];
-    scales.decode(absmax, next_absmax, piece >> 1, piece * GemvFp32::kInputs < inputs);
+    scales.decode(absmax, next_absmax, min(piece, pieces - 1) >> 1, piece < pieces);
     load(next_words, chunk + 1);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {

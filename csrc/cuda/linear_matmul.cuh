@@ -16,6 +16,7 @@ struct MatmulTile {
   static constexpr int kStageBytes = kTokens * 256;
   static constexpr int kStages = kTokens <= 16 ? 2 : 3;    // with a table of pairs beside them, two fit
   static constexpr int kCtas = kTokens <= 16 ? 3 : 2;      // of a multiprocessor
+  static constexpr int kAhead = kTokens <= 16 ? 2 : 1;      // halves of chunks of W under way
   static constexpr bool kTable = kPairs && kTokens <= 16;  // else x keeps the load/store unit busy
 };
 
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     }
   };
 
-  // ---- W: half of each row's block at a time, one half ahead
+  // ---- W: half of each row's block at a time, kAhead halves ahead
   int64_t rows[kRows];
   const uint4* codes[kRows];
 #pragma unroll
@@ -80,17 +81,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   }
   const Scales<kRows, kNested> scales(p.weight, rows, p.in_features);
   int block = part * kChunkBlocks + t;
-  uint4 words[kRows], next_words[kRows];
+  constexpr int kAhead = Tile::kAhead, kBlockStep = kChunkBlocks * Tile::kParts;
+  uint4 words[kAhead][kRows];
   typename Scales<kRows, kNested>::Stored next_absmax[kRows];
-  const auto load = [&](uint4(&to)[kRows], int half) {
-    const int inside = min(block, blocks - 1);
+  const auto load = [&](uint4(&to)[kRows], int from, int half) {
+    const int inside = min(from, blocks - 1);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) to[r] = load_stream(codes[r] + 2 * inside + half);
   };
 
   stage(0, 0);
   stage(1, 1);
-  load(words, 0);
+#pragma unroll
+  for (int half = 0; half < kAhead; ++half) load(words[half], block, half);
   scales.load(next_absmax, min(block, blocks - 1));
   uint32_t copy = 0;
   if constexpr (Tile::kTable) {
@@ -107,27 +110,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   const auto after = [](int slot) { return slot + 1 == Tile::kStages ? 0 : slot + 1; };
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float absmax[kRows];
-    scales.decode(absmax, next_absmax, block, block < blocks);
+    scales.decode(absmax, next_absmax, min(block, blocks - 1), block < blocks);
     const TileDecoder<T, Tile::kTable> decoder[2] = {{absmax[0], absmax[1], copy}, {absmax[2], absmax[3], copy}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       copy_async_wait<1>();
       barrier();  // this half has come for all; with three stages, all are done with the half before
       if constexpr (Tile::kStages == 3) stage(2 * chunk + half + 2, write);
-      if (half == 0) {
-        load(next_words, 1);
-      } else {
-        block += kChunkBlocks * Tile::kParts;
-        load(next_words, 0);
-        scales.load(next_absmax, min(block, blocks - 1));
-      }
+      uint4 later[kRows];
+      load(later, block + (half + kAhead) / 2 * kBlockStep, (half + kAhead) % 2);
+      if (half == 2 - kAhead) scales.load(next_absmax, min(block + kBlockStep, blocks - 1));
+      const uint4(&now)[kRows] = words[half % kAhead];
       const uint32_t from = read_from + read * Tile::kStageBytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t a[2][2][4];
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          decoder[r].decode(component(words[2 * r], i), component(words[2 * r + 1], i), a[r], opaque);
+          decoder[r].decode(component(now[2 * r], i), component(now[2 * r + 1], i), a[r], opaque);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const uint4 values = load_shared_16((from ^ (i * 16)) + j * 8 * 256);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
         }
       }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) words[r] = next_words[r];
+      for (int r = 0; r < kRows; ++r) words[half % kAhead][r] = later[r];
       if constexpr (Tile::kStages == 2) {
         barrier();
         stage(2 * chunk + half + 2, write);
@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
       read = after(read);
       write = after(write);
     }
+    block += kBlockStep;
   }
   copy_async_wait<0>();
   __syncthreads();  // the sums lie where x was

@@ -38,23 +38,24 @@ class Scales {
     if constexpr (kNested) offset_ = __ldg(weight.nested_offset);
   }
 
-  // Those of the 64 inputs number `block64`.
+  // Of the 64 inputs number `block64`, which are inside the row.
   PEFT_KERNELS_DEVICE void load(Stored (&stored)[kRows], int block64) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) stored[r] = __ldg(row_[r] + (block64 >> shift_));
   }
 
-  // absmax, or 0 for a block that is not inside the row: with x zero there too, it adds nothing.
+  // absmax, or with `inside` false 0: with x zero there too, it adds nothing.
   PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const Stored (&stored)[kRows], int block64,
                                   bool inside) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      absmax[r] = 0.0f;
+      float value;
       if constexpr (kNested) {
-        if (inside) absmax[r] = decode_absmax(weight_, row_[r] - first() + (block64 >> shift_), stored[r], offset_);
+        value = decode_absmax(weight_, row_[r] - first() + (block64 >> shift_), stored[r], offset_);
       } else {
-        if (inside) absmax[r] = stored[r];
+        value = stored[r];
       }
+      absmax[r] = inside ? value : 0.0f;
     }
   }
 

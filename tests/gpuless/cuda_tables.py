@@ -137,11 +137,14 @@ def hot_body(code: Sequence[sass.Instruction]) -> list[sass.Instruction]:
     return [each for block in blocks if not cold(block) for each in block]
 
 
-def our_cost(code: Sequence[sass.Instruction], tokens: int) -> Cost:
-    """Of a kernel whose tile has so many tokens: each HMMA has 8 weights of a lane, for 8 tokens."""
+def our_cost(code: Sequence[sass.Instruction], tokens: int) -> Cost | None:
+    """Of a kernel whose tile has so many tokens: each HMMA has 8 weights of a lane, for 8 tokens.
+
+    None for one that only adds up what others computed.
+    """
     body = hot_body(code)
     products = sum(each.opcode.startswith("HMMA.16816") for each in body)
-    return Cost.of(body, 8 * products / max(1, tokens // 8), wide_load=8)
+    return Cost.of(body, 8 * products / max(1, tokens // 8), wide_load=8) if products else None
 
 
 def their_costs() -> dict[str, Cost]:
@@ -168,13 +171,13 @@ class Shipped:
     target: int
     tokens: int
     budget: Budget
-    cost: Cost
+    cost: Cost | None
 
 
 def tile_tokens(name: str) -> int:
     """Tokens of a kernel's tile; a GEMV's are one, though there is room for 8."""
-    tile = re.search(r"Tile<(\d+)", name)
-    return int(tile[1]) if tile else 1
+    tile = re.search(r"Tile<(\d+)|input_gradient_kernel<\w+, (\d+)", name)
+    return int(tile[1] or tile[2]) if tile else 1
 
 
 def shipped(target: int) -> Iterator[Shipped]:
@@ -221,7 +224,7 @@ def cost_table(
     lines += [
         f"| `{each.name}` | {target_name(each.target)} | {each.cost} |"
         for each in sorted(found, key=lambda each: (each.name, each.target))
-        if each.target in targets
+        if each.target in targets and each.cost
     ]
     lines += [f"| bitsandbytes `{name}` | sm_80 | {theirs[name]} |" for name in THEIRS]
     return "\n".join(lines)
@@ -279,7 +282,7 @@ def faults(found: Sequence[Shipped], bytes_moved: Sequence[Moved]) -> list[str]:
             sentences.append(f"{where} has a stack of {each.budget.stack_bytes} bytes")
         if each.budget.occupancy.ctas < FEWEST_CTAS:
             sentences.append(f"{where} has {each.budget.occupancy.ctas} CTAs a multiprocessor")
-        if each.target in (80, 90):
+        if cost and each.target in (80, 90):
             instructions, cycles = LIMITS[each.tokens]
             if cost.instructions > instructions:
                 sentences.append(f"{where} has {cost.instructions:.2f} instructions a weight")

@@ -11,26 +11,37 @@ from gpuless import toolchain
 from gpuless.parameters import slots
 from gpuless.parser import parse
 from gpuless.snippets import module
-from peft_kernels.ops.nf4.reference import NF4_CODE
 
 CUDA = """
-#include "cuda/device/nf4.cuh"
-using namespace peft_kernels;
-using namespace peft_kernels::cuda;
+#include <cstdint>
+#include <cuda_bf16.h>
+
+struct Array { const void* data; int dtype; };
+struct Codes { const uint8_t* packed; const float* absmax; int blocksize_log2; };
+struct Product {
+  int64_t rank, in_features, out_features;
+  Array x;            // [K]
+  Codes weight;       // [N, K]
+  float scale;
+  const void* bias;   // [N]
+  void* y;            // [N]
+};
+struct Opaque { uint32_t two16; };
+__device__ const float kValues[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 // y[n] = sum over k of W[n, k] x[k] + bias[n] + 65536, a thread for each n.
-extern "C" __global__ void product(const __grid_constant__ Linear p, const Opaque opaque) {
+extern "C" __global__ void product(const __grid_constant__ Product p, const Opaque opaque) {
   const int64_t n = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (n >= p.out_features) return;
   float sum = 0;
   for (int64_t k = 0; k < p.in_features; ++k) {
     const int64_t at = n * p.in_features + k;
     const int byte = p.weight.packed[at >> 1], code = (at & 1) ? byte & 15 : byte >> 4;
-    const float weight = kCodes.value[code] * load_absmax(p.weight, at >> p.weight.blocksize_log2);
+    const float weight = kValues[code] * p.weight.absmax[at >> p.weight.blocksize_log2];
     sum = fmaf(weight, static_cast<const float*>(p.x.data)[k], sum);
   }
-  if (p.bias) sum += to_float(static_cast<const BFloat16*>(p.bias.data)[n]);
-  static_cast<float*>(p.y.data)[n] = sum + opaque.two16;
+  if (p.bias) sum += __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[n]);
+  static_cast<float*>(p.y)[n] = sum + opaque.two16;
 }
 
 struct Rows { const float* row[4]; int64_t count; float* out; };
@@ -43,21 +54,18 @@ class Array(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
 
 
-class Weight(ctypes.Structure):
+class Codes(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_codes")),
-        *((name, ctypes.c_void_p) for name in ("nested_code", "nested_absmax", "nested_offset")),
-        ("nested_blocksize_log2", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax")),
         ("blocksize_log2", ctypes.c_int32),
     )
 
 
-class Linear(ctypes.Structure):
+class Product(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "in_features", "out_features", "rank")),
-        *(("x", Array), ("x_stride", ctypes.c_int64), ("weight", Weight), ("u", ctypes.c_void_p)),
-        *(("lora_b", Array), ("scaling", ctypes.c_float), ("column_scale", Array), ("bias", Array)),
-        *(("partials", ctypes.c_void_p), ("y", Array), ("z", Array)),
+        *((name, ctypes.c_int64) for name in ("rank", "in_features", "out_features")),
+        *(("x", Array), ("weight", Codes), ("scale", ctypes.c_float)),
+        *((name, ctypes.c_void_p) for name in ("bias", "y")),
     )
 
 
@@ -83,15 +91,15 @@ def memory() -> dict[str, torch.Tensor]:
     }
 
 
-def problem(memory: dict[str, torch.Tensor]) -> Linear:
-    p = Linear(tokens=1, in_features=K, out_features=N)
+def problem(memory: dict[str, torch.Tensor]) -> Product:
+    p = Product(in_features=K, out_features=N)
     p.weight.packed, p.weight.absmax = memory["packed"].data_ptr(), memory["absmax"].data_ptr()
     p.weight.blocksize_log2 = 6
-    p.x.data, p.bias.data, p.y.data = (memory[name].data_ptr() for name in ("x", "bias", "y"))
+    p.x.data, p.bias, p.y = (memory[name].data_ptr() for name in ("x", "bias", "y"))
     return p
 
 
-def product(ptx: str, p: Linear, memory: object, **options: object) -> gpuless.launch.Result:
+def product(ptx: str, p: Product, memory: object, **options: object) -> gpuless.launch.Result:
     grid = (-(-p.out_features // 32),)
     opaque = (65536).to_bytes(4, "little")
     return gpuless.launch_ptx(
@@ -102,7 +110,7 @@ def product(ptx: str, p: Linear, memory: object, **options: object) -> gpuless.l
 def test_a_struct_of_pointers(ptx: str, memory: dict[str, torch.Tensor]) -> None:
     result = product(ptx, problem(memory), memory, counts=True)
     codes = torch.stack([memory["packed"] >> 4, memory["packed"] & 15], 1).reshape(N, K).long()
-    weight = torch.tensor(NF4_CODE, dtype=torch.float64)[codes]
+    weight = (codes - 8).double()
     weight = weight * memory["absmax"].double().repeat_interleave(BLOCK).reshape(N, K)
     expected = weight @ memory["x"].double() + memory["bias"].double() + 65536
     bound = (K + 2) * 2.0**-24 * (weight.abs() @ memory["x"].double().abs() + 65540)
@@ -138,14 +146,14 @@ def test_every_slot_has_bounds_of_its_own(
 
 def test_slots_without_names(ptx: str, memory: dict[str, torch.Tensor]) -> None:
     memory["y"] = memory["y"][:-1]
-    with pytest.raises(gpuless.Report, match=rf"4 bytes at param_0\+{Linear.y.offset}\+156 \(its 156 bytes"):
+    with pytest.raises(gpuless.Report, match=rf"4 bytes at param_0\+{Product.y.offset}\+156 \(its 156 bytes"):
         product(ptx, problem(memory), [*memory.values()])
 
 
 def test_one_tensor_in_several_slots(ptx: str, memory: dict[str, torch.Tensor]) -> None:
     p = problem(memory)
     p.out_features = 16  # the bias is read before y is written over it, by the same thread
-    p.bias.data = p.y.data = memory["y"].data_ptr()
+    p.bias = p.y = memory["y"].data_ptr()
     memory["y"].zero_()
     product(ptx, p, memory)
     assert (memory["y"][:16] > 60000).all()
@@ -157,13 +165,13 @@ def test_null_and_unknown_pointers(ptx: str, memory: dict[str, torch.Tensor]) ->
     del memory["y"]
     with pytest.raises(gpuless.Report, match="global out of bounds"):
         product(ptx, p, memory)
-    p.y.data = None
+    p.y = None
     with pytest.raises(gpuless.Report, match="global out of bounds"):
         product(ptx, p, memory)
 
 
 def test_a_struct_of_another_size_is_refused(ptx: str) -> None:
-    with pytest.raises(ValueError, match="param_0 must have 216 bytes, got 8"):
+    with pytest.raises(ValueError, match=f"param_0 must have {ctypes.sizeof(Product)} bytes, got 8"):
         gpuless.launch_ptx(ptx, (1,), [bytes(8)], block=32, name="product")
 
 

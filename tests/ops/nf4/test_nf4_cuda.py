@@ -155,9 +155,8 @@ def test_bytes_and_transactions_are_the_fewest(dtype: torch.dtype, double_quant:
             nested_code = access.name.endswith("nc.f32") and double_quant
             assert access.transactions == access.ideal or nested_code, access
         wide = [a for a in result.accesses if ".v4." in a.name and a.space == "global"]
-        assert sum(access.bytes for access in wide) >= weight.nbytes + (
-            w.packed.nbytes if result is dequantize else 0
-        )
+        read = w.packed.nbytes if result is dequantize else 0
+        assert sum(access.bytes for access in wide) >= weight.nbytes + read
 
 
 def test_a_missing_barrier_is_found() -> None:
