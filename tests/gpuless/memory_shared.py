@@ -20,8 +20,8 @@ class WarpOrder:
     """Which lanes touched shared memory since their warp's last bar.warp.sync: races within a warp.
 
     Only for programs that have that instruction; elsewhere lanes are taken to run in step. A lane's code is
-    epoch << 10 | thread; the epoch counts the barriers and the bar.warp.syncs that it has passed, from 1. Of a
-    granule there is the last writer, and the highest and the lowest lane of a warp that read, as in
+    epoch << 10 | thread; the epoch counts the barriers and the bar.warp.syncs that it has passed, from 1. Of
+    a granule there is the last writer, and the highest and the lowest lane of a warp that read, as in
     `SharedMemory`; of several warps that read one granule, one is remembered.
     """
 
@@ -31,11 +31,13 @@ class WarpOrder:
         self.code = np.empty(m.lanes, np.int32)
 
     def reset(self) -> None:
+        """A new chunk of CTAs."""
         for shadow in (self.writer, self.first, self.last):
             shadow.fill(0)
         self.code[:] = 1 << 10 | self.m.thread
 
     def advance(self, lanes: NDArray[np.bool_] | slice) -> None:
+        """These have passed a barrier."""
         self.code[lanes] += 1 << 10
 
     def read(self, granule: NDArray, lanes: NDArray) -> NDArray[np.bool_]:
