@@ -12,12 +12,11 @@ constexpr int kGemvWarps = 8, kGemvTokens = 8;
 __device__ const uint4 kZeroBlock[8] = {};  // x of blocks beyond K: an infinity there would not vanish times absmax 0
 
 template <class T, bool kNested>
-__global__ void __launch_bounds__(32 * kGemvWarps, kPairs ? 0 : 2) linear_gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
+__global__ void __launch_bounds__(32 * kGemvWarps) linear_gemv_kernel(const __grid_constant__ Linear p, Opaque opaque) {
   using Sums = Parts<kGemvTokens, kTileRows, kGemvWarps>;
   constexpr int kSumBytes = sizeof(float) * Sums::kFloats;
   static_assert(kSumBytes <= PairTable::kBytes);
-  __shared__ __align__(
-      16) unsigned char shared[kPairs ? PairTable::kBytes : kSumBytes];  // the sums take the table's place
+  __shared__ __align__(16) unsigned char shared[PairTable::kBytes];  // the sums take the table's place
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int blocks = static_cast<int>(p.in_features / kBlock);
@@ -44,21 +43,21 @@ __global__ void __launch_bounds__(32 * kGemvWarps, kPairs ? 0 : 2) linear_gemv_k
   };
   int block = warp * kChunkBlocks + t;
   load(now, block);  // under way while the table is filled
-  uint32_t copy = 0;
-  if constexpr (kPairs) {
-    PairTable& pairs = *reinterpret_cast<PairTable*>(shared);
-    pairs.fill(threadIdx.x, 32 * kGemvWarps);
-    copy = pairs.copy_of(lane);
-    __syncthreads();
-  }
+  PairTable& pairs = *reinterpret_cast<PairTable*>(shared);
+  pairs.fill(threadIdx.x, 32 * kGemvWarps);
+  const uint32_t copy = pairs.copy_of(lane);
+  __syncthreads();
   float sum[1][1][4] = {};
   add_low_rank(sum, p, first, 0, warp, kGemvWarps);
-  for (int begin = warp * kChunkBlocks; begin < blocks; begin += kGemvWarps * kChunkBlocks) {
+  // With `whole` all lanes' blocks are inside the row.
+  const auto add_chunk = [&](auto whole) {
+    const bool inside = whole || block < blocks;
+    const int this_block = inside ? block : blocks - 1;
     load(next, block + kGemvWarps * kChunkBlocks);
     float absmax[2];
-    scales.decode(absmax, now.absmax, min(block, blocks - 1), block < blocks);
-    const TileDecoder<T, kPairs> decoder(absmax[0], absmax[1], copy);
-    const uint4* values = block < blocks ? x + 8 * block : kZeroBlock;
+    scales.decode(absmax, now.absmax, this_block, inside);
+    const TileDecoder<T, true> decoder(absmax[0], absmax[1], copy);
+    const uint4* values = inside ? keep(x + 8 * this_block) : kZeroBlock;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       uint32_t a[2][4];
@@ -67,8 +66,11 @@ __global__ void __launch_bounds__(32 * kGemvWarps, kPairs ? 0 : 2) linear_gemv_k
     }
     now = next;
     block += kGemvWarps * kChunkBlocks;
-  }
-  if constexpr (kPairs) __syncthreads();
+  };
+  int begin = warp * kChunkBlocks;
+  for (; begin + kChunkBlocks <= blocks; begin += kGemvWarps * kChunkBlocks) add_chunk(std::true_type{});
+  if (begin < blocks) add_chunk(std::false_type{});
+  __syncthreads();
   float* parts = reinterpret_cast<float*>(shared);
   Sums::put(parts, warp, 0, sum[0]);
   __syncthreads();

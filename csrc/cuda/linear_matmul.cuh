@@ -14,10 +14,10 @@ struct MatmulTile {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kParts = kWarps / kRowWarps;
   static constexpr int kOutputs = 32 * kRowWarps;
   static constexpr int kStageBytes = kTokens * 256;
-  static constexpr int kStages = kTokens <= 16 ? 2 : 3;    // with a table of pairs beside them, two fit
-  static constexpr int kCtas = kTokens <= 16 ? 3 : 2;      // of a multiprocessor
-  static constexpr int kAhead = kTokens <= 16 ? 2 : 1;      // halves of chunks of W under way
-  static constexpr bool kTable = kPairs && kTokens <= 16;  // else x keeps the load/store unit busy
+  static constexpr int kStages = kTokens <= 16 ? 2 : 3;  // with a table of pairs beside them, two fit
+  static constexpr int kCtas = kTokens == 16 ? 3 : 2;    // of a multiprocessor
+  static constexpr int kAhead = kTokens <= 16 ? 2 : 1;   // halves of chunks of W under way
+  static constexpr bool kTable = kTokens <= 16;          // else x keeps the load/store unit busy
 };
 
 template <class T, class Tile, bool kNested>
@@ -38,12 +38,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   // Parts have chunks in turns; all have as many, the last of which may lie beyond K.
   const int chunks = (blocks + kChunkBlocks * Tile::kParts - 1) / (kChunkBlocks * Tile::kParts);
 
+  constexpr int kBlockStep = kChunkBlocks * Tile::kParts;
+
   // ---- x: this thread copies 16 bytes, inputs 8 `piece` of the 32, of block `copied_block` and of every
   // kStep-th token. In shared memory: [token][block][piece ^ swizzle], which neither copies nor reads conflict in.
   constexpr int kStep = 2 * Tile::kRowWarps, kCopies = Tile::kTokens / kStep;
   const int copier = threadIdx.x % (32 * Tile::kRowWarps);
   const int piece = copier & 3, copied_block = (copier >> 2) & 3, copied_token = copier >> 4;
-  const char* x = static_cast<const char*>(p.x.data) + piece * 16;
   uint32_t x_row[kCopies];  // in 16 bytes; rows beyond M, which nobody stores, are the last one
 #pragma unroll
   for (int i = 0; i < kCopies; ++i)
@@ -52,16 +53,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   const uint32_t ring = shared_address(shared) + part * Tile::kStages * Tile::kStageBytes;
   const uint32_t copy_to =
       ring + copied_token * 256 + copied_block * 64 + (piece ^ swizzle(copied_token, copied_block)) * 16;
-  const auto stage = [&](int half, int slot) {
-    if (half < 2 * chunks) {
-      const int block = ((half >> 1) * Tile::kParts + part) * kChunkBlocks + copied_block;
-      const bool inside = block < blocks;
-      const char* from = x + (inside ? block * 128 + (half & 1) * 64 : 0);
+  int next_block = part * kChunkBlocks + copied_block;  // of the next chunk to copy
+  const char* next_x = static_cast<const char*>(p.x.data) + next_block * 128 + piece * 16;
+  const auto stage = [&](int half, uint32_t to) {  // zeros beyond K
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i)
-        copy_async_16(copy_to + slot * Tile::kStageBytes + i * kStep * 256, from + x_row[i] * uint64_t{16}, inside);
-    }
+    for (int i = 0; i < kCopies; ++i)
+      copy_async_16(to + i * kStep * 256, keep(next_x) + half * 64 + x_row[i] * uint64_t{16}, next_block < blocks);
     copy_async_commit();
+    if (half == 1) {
+      next_block += kBlockStep;
+      next_x += kBlockStep * 128;
+    }
   };
   const auto barrier = [] {
     if constexpr (Tile::kRowWarps == 1) {
@@ -80,21 +82,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     codes[r] = reinterpret_cast<const uint4*>(p.weight.packed + rows[r] * (p.in_features / 2));
   }
   const Scales<kRows, kNested> scales(p.weight, rows, p.in_features);
-  int block = part * kChunkBlocks + t;
-  constexpr int kAhead = Tile::kAhead, kBlockStep = kChunkBlocks * Tile::kParts;
+  int block = part * kChunkBlocks + t, inside = min(block, blocks - 1);
+  constexpr int kAhead = Tile::kAhead;
   uint4 words[kAhead][kRows];
   typename Scales<kRows, kNested>::Stored next_absmax[kRows];
   const auto load = [&](uint4(&to)[kRows], int from, int half) {
-    const int inside = min(from, blocks - 1);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) to[r] = load_stream(codes[r] + 2 * inside + half);
+    for (int r = 0; r < kRows; ++r) to[r] = load_stream(codes[r] + 2 * from + half);
   };
 
-  stage(0, 0);
-  stage(1, 1);
+  stage(0, copy_to);
+  stage(1, copy_to + Tile::kStageBytes);
 #pragma unroll
-  for (int half = 0; half < kAhead; ++half) load(words[half], block, half);
-  scales.load(next_absmax, min(block, blocks - 1));
+  for (int half = 0; half < kAhead; ++half) load(words[half], inside, half);
+  scales.load(next_absmax, inside);
   uint32_t copy = 0;
   if constexpr (Tile::kTable) {
     PairTable& pairs = *reinterpret_cast<PairTable*>(shared + kRingBytes);
@@ -106,22 +107,27 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   add_low_rank(sum, p, first_row, first_token, part, Tile::kParts);
 
   const uint32_t read_from = ring + g * 256 + t * 64 + swizzle(g, t) * 16;
-  int read = 0, write = 2 % Tile::kStages;
-  const auto after = [](int slot) { return slot + 1 == Tile::kStages ? 0 : slot + 1; };
+  // Of three stages, whose turns are not those of halves: the one to read, and the one that has been read.
+  uint32_t read = read_from, write = copy_to + 2 * Tile::kStageBytes;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float absmax[kRows];
-    scales.decode(absmax, next_absmax, min(block, blocks - 1), block < blocks);
+    scales.decode(absmax, next_absmax, inside, block < blocks);
+    block += kBlockStep;
+    const int next_inside = min(block, blocks - 1);
     const TileDecoder<T, Tile::kTable> decoder[2] = {{absmax[0], absmax[1], copy}, {absmax[2], absmax[3], copy}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       copy_async_wait<1>();
       barrier();  // this half has come for all; with three stages, all are done with the half before
-      if constexpr (Tile::kStages == 3) stage(2 * chunk + half + 2, write);
+      if constexpr (Tile::kStages == 3) {
+        stage(half, write);
+        write = read + (copy_to - read_from);
+      }
       uint4 later[kRows];
-      load(later, block + (half + kAhead) / 2 * kBlockStep, (half + kAhead) % 2);
-      if (half == 2 - kAhead) scales.load(next_absmax, min(block + kBlockStep, blocks - 1));
+      load(later, half + kAhead < 2 ? inside : next_inside, (half + kAhead) % 2);
+      if (half == 2 - kAhead) scales.load(next_absmax, next_inside);
       const uint4(&now)[kRows] = words[half % kAhead];
-      const uint32_t from = read_from + read * Tile::kStageBytes;
+      const uint32_t from = Tile::kStages == 3 ? read : read_from + half * Tile::kStageBytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t a[2][2][4];
@@ -139,12 +145,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
       for (int r = 0; r < kRows; ++r) words[half % kAhead][r] = later[r];
       if constexpr (Tile::kStages == 2) {
         barrier();
-        stage(2 * chunk + half + 2, write);
+        stage(half, copy_to + half * Tile::kStageBytes);
+      } else {
+        read = read == read_from + 2 * Tile::kStageBytes ? read_from : read + Tile::kStageBytes;
       }
-      read = after(read);
-      write = after(write);
     }
-    block += kBlockStep;
+    inside = next_inside;
   }
   copy_async_wait<0>();
   __syncthreads();  // the sums lie where x was

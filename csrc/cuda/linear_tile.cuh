@@ -16,26 +16,24 @@ constexpr int kBlock = 64;       // weights that a lane decodes with one table
 constexpr int kChunkBlocks = 4;  // of a row
 constexpr int kTileRows = 16;
 
-// Where HBM is fast for the number of multiprocessors, half of the rows are decoded by tables of blocks (ALU), half by
-// the table of pairs (load/store unit). Elsewhere the ALU alone is faster than memory, and 32 KiB stay free.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
+// A pointer that is a value in registers from here on: one multiplication then adds an index to it, where the compiler
+// would add up the parts that it is made of each time.
+template <class P>
+PEFT_KERNELS_DEVICE P* keep(P* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
 
-// absmax of lanes' blocks in kRows rows. What memory has is loaded early, as it is; a nested one is decoded when
-// needed.
+// absmax of lanes' blocks in kRows rows: loaded early, as memory has them, and decoded when needed.
 template <int kRows, bool kNested>
 class Scales {
  public:
-  using Stored = std::conditional_t<kNested, uint8_t, float>;
+  using Stored = float;
 
   PEFT_KERNELS_DEVICE Scales(const NF4Weight& weight, const int64_t (&row)[kRows], int64_t in_features)
-      : weight_(weight), shift_(weight.blocksize_log2 - 6) {
+      : shift_(weight.blocksize_log2 - 6) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row_[r] = first() + row[r] * (in_features >> weight.blocksize_log2);
-    if constexpr (kNested) offset_ = __ldg(weight.nested_offset);
+    for (int r = 0; r < kRows; ++r) row_[r] = keep(weight.absmax + row[r] * (in_features >> weight.blocksize_log2));
   }
 
   // Of the 64 inputs number `block64`, which are inside the row.
@@ -45,33 +43,46 @@ class Scales {
   }
 
   // absmax, or with `inside` false 0: with x zero there too, it adds nothing.
+  PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const Stored (&stored)[kRows], int, bool inside) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) absmax[r] = inside ? stored[r] : 0.0f;
+  }
+
+ private:
+  int shift_;
+  const float* row_[kRows];
+};
+
+template <int kRows>
+class Scales<kRows, true> {
+ public:
+  using Stored = uint8_t;
+
+  PEFT_KERNELS_DEVICE Scales(const NF4Weight& weight, const int64_t (&row)[kRows], int64_t in_features)
+      : weight_(weight), shift_(weight.blocksize_log2 - 6), offset_(__ldg(weight.nested_offset)) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_[r] = static_cast<uint32_t>(row[r] * (in_features >> weight.blocksize_log2));
+  }
+
+  PEFT_KERNELS_DEVICE void load(Stored (&stored)[kRows], int block64) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) stored[r] = __ldg(weight_.absmax_codes + (row_[r] + (block64 >> shift_)));
+  }
+
   PEFT_KERNELS_DEVICE void decode(float (&absmax)[kRows], const Stored (&stored)[kRows], int block64,
                                   bool inside) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float value;
-      if constexpr (kNested) {
-        value = decode_absmax(weight_, row_[r] - first() + (block64 >> shift_), stored[r], offset_);
-      } else {
-        value = stored[r];
-      }
+      const float value = decode_absmax(weight_, row_[r] + (block64 >> shift_), stored[r], offset_);
       absmax[r] = inside ? value : 0.0f;
     }
   }
 
  private:
-  PEFT_KERNELS_DEVICE const Stored* first() const {
-    if constexpr (kNested) {
-      return weight_.absmax_codes;
-    } else {
-      return weight_.absmax;
-    }
-  }
-
   const NF4Weight& weight_;
   int shift_;
-  const Stored* row_[kRows];
-  float offset_ = 0.0f;
+  float offset_;
+  uint32_t row_[kRows];  // its first block: select_linear() leaves to others what has 2^32
 };
 
 template <class T>
@@ -83,7 +94,8 @@ struct PairDecoder {
   }
 };
 
-// One block of row g and one of row g + 8, the latter with kTable by the table of pairs, of which `copy` is the lane's.
+// One block of row g and one of row g + 8. With kTable the latter is decoded by the table of pairs, of which `copy` is
+// the lane's: so the ALU, which tables of blocks keep busy, and the load/store unit have half of the work each.
 template <class T, bool kTable>
 struct TileDecoder {
   BlockTable<T> top;

@@ -43,6 +43,7 @@ inline constexpr LinearTile kLinearTiles[] = {
 inline Plan select_linear(const Product& product, const Device& device) {
   const int64_t m = product.tokens, blocksize = int64_t{1} << product.blocksize_log2;
   if (device.arch < 80 || blocksize < 64 || product.in_features % blocksize != 0) return {};
+  if (product.in_features * product.out_features >> 37 != 0) return {};  // kernels count 16 bytes in 32 bits
   if (product.dtype == DType::kFloat32) return m <= kLinearMostFp32Tokens ? Plan{Method::kGemv, 0, 1} : Plan{};
   const LinearRow* row = kLinearRows;
   while (device.arch < row->from_arch) ++row;

@@ -20,8 +20,10 @@ constexpr Codes codes() {
 }
 __device__ const Codes kCodes = codes();  // in memory, for an index that is known at run time only
 
-// absmax of a block from its code, rounded twice, never contracted. `offset` is what w.nested_offset points to.
-PEFT_KERNELS_DEVICE float decode_absmax(const NF4Weight& w, int64_t block, uint32_t code, float offset) {
+// absmax of a block from its code; `Index` is uint32_t where that is enough. Rounded twice, never contracted. `offset`
+// is what w.nested_offset points to.
+template <class Index>
+PEFT_KERNELS_DEVICE float decode_absmax(const NF4Weight& w, Index block, uint32_t code, float offset) {
   const float nested = __ldg(w.nested_absmax + (block >> w.nested_blocksize_log2));
   return __fadd_rn(__fmul_rn(__ldg(w.nested_code + code), nested), offset);
 }
