@@ -109,8 +109,9 @@ def test_zero_rows_and_special_values_stay_in_their_rows(cuda_gpu: Any, weight: 
     dense[3], b[3] = 0.0, 0.0
     dense[5, 7], dense[11, 95] = torch.nan, torch.inf
     b[20, 1], b[69, 3] = torch.inf, torch.nan
-    w = dense if weight == "dense" else pk.functional.nf4_quantize(dense, 32)  # double_quant spreads NaN
-    exact = exact_norm(dense if weight == "dense" else w.dequantize(torch.float32), a, b, 0.5)
+    nf4 = pk.functional.nf4_quantize(dense, 32)  # double_quant spreads NaN
+    w, exact = (dense, dense) if weight == "dense" else (nf4, nf4.dequantize(torch.float32))
+    exact = exact_norm(exact, a, b, 0.5)
     norm = NORM(w, a, b, 0.5)
     special = [5, 11, 20, 69]
     assert torch.equal(norm[special].nan_to_num(nan=-1.0), exact[special].float().nan_to_num(nan=-1.0))
