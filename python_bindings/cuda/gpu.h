@@ -70,9 +70,8 @@ std::tuple<Results...> by_triton(const char* op, const Arguments&... arguments) 
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, std::max(sizeof...(Arguments), sizeof...(Results))> stack{from(arguments)...};
-  explained("the Triton kernels of this op failed", [&] {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "triton", stack.data(), TORCH_ABI_VERSION));
-  });
+  explained("the Triton kernels of this op failed",
+            [&] { TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "triton", stack.data(), TORCH_ABI_VERSION)); });
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return std::tuple<Results...>{to<Results>(stack[i])...};
   }(std::index_sequence_for<Results...>{});
