@@ -43,7 +43,8 @@ def rounded_weight(problem: Problem) -> torch.Tensor:
     if "column_scale" in problem.tensors:
         absmax = absmax * problem.tensors["column_scale"].float()[:, None]
     plain = BaseWeight(base.weight, absmax.flatten(), None, None, None, 0, base.blocksize)
-    return nf4_dequantize(*plain, (n, k), problem.grad.dtype)
+    weight: torch.Tensor = nf4_dequantize(*plain, (n, k), problem.grad.dtype)
+    return weight
 
 
 def check(problem: Problem, seed: int = 0) -> torch.Tensor:
@@ -66,11 +67,12 @@ def check(problem: Problem, seed: int = 0) -> torch.Tensor:
 
 
 def splits(gpu: Any) -> int:
-    """Parts of the last product's sum; each is followed by a launch that adds them up, if there are several."""
-    names = [launch.shown.partition("<")[0] for launch in gpu.launches]
-    last = max(i for i, name in enumerate(names) if name == "void input_gradient_kernel")
+    """Parts of the last product's sum; where there are several, a launch adds them up."""
+    names = [launch.name for launch in gpu.launches]
+    finished = "finish_input_gradient_kernel" in names[-1]
+    last = max(i for i, name in enumerate(names) if "21input_gradient_kernel" in name)
     count: int = gpu.launches[last].grid[1]
-    assert (names[last + 1 : last + 2] == ["void finish_input_gradient_kernel"]) == (count > 1)
+    assert finished == (count > 1)
     return count
 
 
