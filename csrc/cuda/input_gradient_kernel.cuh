@@ -56,8 +56,8 @@ PEFT_KERNELS_DEVICE uint32_t load_scale(const NF4Weight& w, uint32_t block) {
   return kNested ? __ldg(w.absmax_codes + block) : __float_as_uint(__ldg(w.absmax + block));
 }
 template <bool kNested>
-PEFT_KERNELS_DEVICE float scale_of(const NF4Weight& w, uint32_t block, uint32_t raw, float nested_offset) {
-  return kNested ? decode_absmax(w, block, raw, nested_offset) : __uint_as_float(raw);
+PEFT_KERNELS_DEVICE float scale_of(const NF4Weight& w, uint32_t block, uint32_t raw) {
+  return kNested ? decode_absmax(w, block, raw, __ldg(w.nested_offset)) : __uint_as_float(raw);
 }
 
 // Adds the rows of W from `row` on, fewer than a step, to the sums of columns k to k + 7 of tokens m, m + kApart, ...
@@ -188,8 +188,16 @@ PEFT_KERNELS_DEVICE uint32_t keep(uint32_t value) {
   return value;
 }
 
+// CTAs of a multiprocessor, of eight warps each. Shared memory of 100 KiB holds one; accumulators of 128 registers
+// leave room for one.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr int kInputGradientMostCtas = 1;
+#else
+constexpr int kInputGradientMostCtas = 2;
+#endif
+
 template <class T, int kTokens, bool kNested>
-__global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens <= 16 ? kInputGradientMostCtas : 1)
     input_gradient_kernel(const __grid_constant__ InputGradient p, int splits) {
   using S = InputGradientShape<kTokens>;
   constexpr int kBytes = S::kBytes, kTokenTiles = S::kTokenTiles, kStep = kInputGradientStep;
@@ -240,7 +248,6 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6 && block0 + 1 < row_blocks;
   float* const scales = reinterpret_cast<float*>(memory + S::kScales + warp * (2 * S::kScaleBytes));
   const float4* const my_scales = reinterpret_cast<const float4*>(scales + (two_blocks ? g / 4 : 0) * kStep + 8 * t);
-  const float nested_offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
   uint32_t raw[2] = {0, 0};
   float column_scale = 1.0f;
 
@@ -272,14 +279,14 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   __syncthreads();
   const uint32_t copy = table.copy_of(lane);
   unsigned stage = 0;
-#pragma unroll 2
+#pragma unroll(kTokens == 16 ? 1 : 2)
   for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
     if (step < last) {
       float* const at = scales + stage * (S::kScaleBytes / 4);
       const uint32_t block = block_of(step);
-      at[lane] = scale_of<kNested>(p.weight, block, raw[0], nested_offset) * column_scale;
+      at[lane] = scale_of<kNested>(p.weight, block, raw[0]) * column_scale;
       if (two_blocks) {
-        at[kStep + lane] = scale_of<kNested>(p.weight, block + 1, raw[1], nested_offset) * column_scale;
+        at[kStep + lane] = scale_of<kNested>(p.weight, block + 1, raw[1]) * column_scale;
       }
     }
     copy_async_wait<0>();
