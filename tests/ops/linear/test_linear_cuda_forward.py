@@ -1,5 +1,6 @@
-"""The CUDA C++ kernels of x W^T, each of them: what test_linear_cuda.py leaves to the chooser is chosen here."""
+"""Each of the CUDA C++ kernels of x W^T: what test_linear_cuda.py leaves to the chooser is chosen here."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,7 @@ def run(problem: Problem, save_preactivation: bool = False) -> tuple[torch.Tenso
 
 
 def product_of(gpu: Any) -> CudaLaunch:
+    launch: CudaLaunch
     (launch,) = (each for each in gpu.launches if "linear_" in each.shown)
     return launch
 
@@ -101,7 +103,7 @@ def non_finite(y: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["fp32 adapters", "adapters as x"])
-@pytest.mark.parametrize("kernel", (*KERNELS, *FP32))
+@pytest.mark.parametrize("kernel", [*KERNELS, *FP32])
 def test_infinities_are_those_of_the_formula(kernel: str, adapter_dtype: torch.dtype | None) -> None:
     """In x, so in u; where K ends inside a chunk, and where the rank ends inside a step."""
     problem, _ = make(kernel, 40, 320, r=3, adapter_dtype=adapter_dtype)
@@ -122,7 +124,7 @@ def test_infinities_are_those_of_the_formula(kernel: str, adapter_dtype: torch.d
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38, 1e-45, 0.0])
-@pytest.mark.parametrize("kernel", (*KERNELS, *FP32))
+@pytest.mark.parametrize("kernel", [*KERNELS, *FP32])
 def test_odd_absmax_gives_what_the_formula_gives(kernel: str, value: float) -> None:
     """Of one block, in the middle of a row or at its end."""
     problem, _ = make(kernel, 40, 320, parts=())
@@ -142,7 +144,7 @@ def test_odd_absmax_gives_what_the_formula_gives(kernel: str, value: float) -> N
     torch.testing.assert_close(y[same], odd[same], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("kernel", (*KERNELS, *FP32))
+@pytest.mark.parametrize("kernel", [*KERNELS, *FP32])
 def test_bytes_are_the_fewest(kernel: str) -> None:
     """Of 4096 inputs, outputs that no tile cuts short: within 1.05 times, and no scratch."""
     problem, _ = make(kernel, 256, 4096, parts=())
@@ -156,7 +158,7 @@ def test_bytes_are_the_fewest(kernel: str) -> None:
     assert fewest <= moved <= 1.05 * fewest
 
 
-@pytest.mark.parametrize("kernel", (*KERNELS, *FP32))
+@pytest.mark.parametrize("kernel", [*KERNELS, *FP32])
 def test_same_bits_on_every_run(kernel: str) -> None:
     problem, _ = make(kernel, 70, 1088, r=20)
     with device(90):
@@ -170,7 +172,11 @@ def planted(gpu: Any) -> list[tuple[str, Callable[[str], str]]]:
     bugs = [(m.what, m.ptx) for m in mutants(launch.ptx, launch.name) if not m.harmless]
     if any("wait_group" in what for what, _ in bugs):
         bugs.append(("all waits weaker", weaken_all_waits(launch.ptx, launch.name)))
-    return [(what, lambda ptx, at=launch.ptx, to=to: to if ptx == at else ptx) for what, to in bugs]
+    return [(what, functools.partial(_instead, launch.ptx, ptx)) for what, ptx in bugs]
+
+
+def _instead(module: str, bug: str, ptx: str) -> str:
+    return bug if ptx == module else ptx
 
 
 @pytest.mark.parametrize(
