@@ -17,13 +17,12 @@ void vendor_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::to;
   const auto detach = [](const Tensor& t) {
     std::array<StableIValue, 1> stack{from(t)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
     return to<Tensor>(stack[0]);
   };
   std::array<StableIValue, 3> stack{from(detach(a)), from(detach(b)), from(out)};
-  explained("the product with a dense weight failed", [&] {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  });
+  explained("the product with a dense weight failed",
+            [&] { TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION)); });
   to<Tensor>(stack[0]);  // takes back the reference that the dispatcher returned
 }
 

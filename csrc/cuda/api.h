@@ -33,15 +33,14 @@ struct Dropout {
   float scale = 1.0f;      // 1 / (1 - p)
 };
 
-// u = D(x) A^T in fp32, split over the inputs: `splits` parts, added up in order.
+// u = D(x) A^T in fp32.
 struct Projection {
-  int64_t tokens = 0, in_features = 0, rank = 0, splits = 1;
+  int64_t tokens = 0, in_features = 0, rank = 0;
   Array x;  // [tokens, K], rows `x_stride` elements apart
   int64_t x_stride = 0;
   Array a;  // [rank, K]
   Dropout dropout;
-  float* partials = nullptr;  // [splits, tokens, rank]; u itself where splits is 1
-  float* u = nullptr;         // [tokens, rank]
+  float* u = nullptr;  // [tokens, rank]
 };
 
 // z = x W^T + scaling * u B^T,   y = column_scale * z + bias; every result rounded once.

@@ -77,14 +77,14 @@ struct NormNF4 {
       : p(p), shared(shared), code(kCodes.value[threadIdx.x & 15]) {}
 
   // 16 rows of 64 bytes, and of four absmax: a lane has two of each.
-  PEFT_KERNELS_DEVICE void begin(int64_t n0, int k0) {
+  PEFT_KERNELS_DEVICE void begin(int n0, int k0) {
     __syncwarp();  // the last tile has been read
-    const int group = threadIdx.x & 3, k = k0 + 32 * group;
+    const int in_features = static_cast<int>(p.in_features), group = threadIdx.x & 3, k = k0 + 32 * group;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = threadIdx.x / 32 * 16 + i * 8 + (threadIdx.x & 31) / 4;
-      const bool inside = n0 + row < p.out_features && k < p.in_features;
-      const int64_t e = inside ? (n0 + row) * p.in_features + k : 0;
+      const bool inside = n0 + row < p.out_features && k < in_features;
+      const int64_t e = inside ? int64_t{n0 + row} * in_features + k : 0;
       copy_async_16(shared_address(&shared.words[row / 8][row % 8 * (kNormColumns / 8) + 4 * group]),
                     p.weight.packed + (e >> 1), inside);
       shared.absmax[row][group] = inside ? load_absmax(p.weight, e >> p.weight.blocksize_log2) : 0.0f;
@@ -95,7 +95,7 @@ struct NormNF4 {
     copy_async_wait<0>();
     __syncwarp();
   }
-  PEFT_KERNELS_DEVICE void eight(int64_t, int, int i, float (&out)[8]) {
+  PEFT_KERNELS_DEVICE void eight(int, int, int i, float (&out)[8]) {
     const int column_group = threadIdx.x & 15, row_group = threadIdx.x / 16;
     const uint32_t word = shared.words[row_group][i * (kNormColumns / 8) + column_group];
     const float absmax = shared.absmax[8 * row_group + i][column_group / 4];
@@ -115,14 +115,14 @@ struct NormDense {
   uint4 part[kBatch][8 / kGroup];
 
   PEFT_KERNELS_DEVICE NormDense(const DoraNorm& p, Shared&) : p(p) {}
-  PEFT_KERNELS_DEVICE void begin(int64_t, int) {}
+  PEFT_KERNELS_DEVICE void begin(int, int) {}
   PEFT_KERNELS_DEVICE void end() {}
-  PEFT_KERNELS_DEVICE void eight(int64_t n0, int k0, int i, float (&out)[8]) {
+  PEFT_KERNELS_DEVICE void eight(int n0, int k0, int i, float (&out)[8]) {
     if (i % kBatch == 0) {
       const int k = k0 + kGroup * (threadIdx.x & 15);
 #pragma unroll
       for (int j = 0; j < kBatch * 8 / kGroup; ++j) {
-        const int64_t n = n0 + threadIdx.x / 16 * 8 + i + j / (8 / kGroup);
+        const int64_t n = n0 + static_cast<int>(threadIdx.x) / 16 * 8 + i + j / (8 / kGroup);
         const int column = k + j % (8 / kGroup) * (kNormColumns / 2);
         uint4& to = part[j / (8 / kGroup)][j % (8 / kGroup)];
         to = make_uint4(0, 0, 0, 0);
@@ -157,10 +157,10 @@ struct NormElements {
   const DoraNorm& p;
 
   PEFT_KERNELS_DEVICE NormElements(const DoraNorm& p, Shared&) : p(p) {}
-  PEFT_KERNELS_DEVICE void begin(int64_t, int) {}
+  PEFT_KERNELS_DEVICE void begin(int, int) {}
   PEFT_KERNELS_DEVICE void end() {}
-  PEFT_KERNELS_DEVICE void eight(int64_t n0, int k0, int i, float (&out)[8]) {
-    const int64_t n = n0 + threadIdx.x / 16 * 8 + i;
+  PEFT_KERNELS_DEVICE void eight(int n0, int k0, int i, float (&out)[8]) {
+    const int64_t n = n0 + static_cast<int>(threadIdx.x) / 16 * 8 + i;
     const int k = k0 + kGroup * (threadIdx.x & 15);
 #pragma unroll
     for (int c = 0; c < 8; ++c) out[c] = n < p.out_features && k + c < p.in_features ? norm_weight(p, n, k + c) : 0.0f;
@@ -193,13 +193,16 @@ PEFT_KERNELS_DEVICE void store_a(const DoraNorm& p, int first, int k0, float4* t
   const int four = threadIdx.x & 31, k = k0 + 4 * four, j = threadIdx.x >> 5;
   to += j * (kNormStride / 4) +
         (kGroup == 8 ? (four >> 1) + (four & 1) * (kNormHalf / 4) : (four & 15) + (four >> 4) * (kNormHalf / 4));
-  const Four* from = static_cast<const Four*>(p.a.data) + (((first + j) * p.in_features + k) >> 2);
   constexpr int kTurns = kNormRanks / (kNormThreads / 32), kApart = kNormThreads / 32;
+  const int in_features = static_cast<int>(p.in_features),
+            left = k < in_features ? static_cast<int>(p.rank) - first - j : 0;
+  const Four* from = static_cast<const Four*>(p.a.data) + ((int64_t{first + j} * in_features + k) >> 2);
   Four v[kTurns];
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     v[i] = Four{};
-    if (first + j + i * kApart < p.rank && k < p.in_features) v[i] = __ldg(from + i * kApart * (p.in_features >> 2));
+    if (i * kApart < left) v[i] = __ldg(from);
+    from += kApart * (in_features >> 2);
   }
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) to[i * kApart * (kNormStride / 4)] = to_floats(v[i], T{});
@@ -217,13 +220,13 @@ PEFT_KERNELS_DEVICE void store_a_elements(const DoraNorm& p, int first, int k0, 
 }
 
 // Ranks first .. first + ranks of B's rows from n0 on to shared memory, transposed: [ranks, kNormRows].
-PEFT_KERNELS_DEVICE void store_b(const DoraNorm& p, int first, int ranks, int64_t n0, float* to) {
+PEFT_KERNELS_DEVICE void store_b(const DoraNorm& p, int first, int ranks, int n0, float* to) {
   const int row = threadIdx.x & (kNormRows - 1);
   const bool inside = n0 + row < p.out_features, fours = fours_are_whole(p.b, p.rank);
   to += row;
 #pragma unroll 2
   for (int j = threadIdx.x / kNormRows * 4; j < ranks; j += kNormThreads / kNormRows * 4) {
-    const int64_t at = (n0 + row) * p.rank + first + j, count = inside ? p.rank - first - j : 0;
+    const int64_t at = int64_t{n0 + row} * p.rank + first + j, count = inside ? p.rank - first - j : 0;
     float4 v;
     if (!fours || count <= 0) {
       v = load_four(p.b, at, count);
@@ -255,7 +258,7 @@ __global__ void __launch_bounds__(kNormThreads, Weight::kCtas)
 
   const unsigned row_blocks = static_cast<unsigned>((p.out_features + kNormRows - 1) / kNormRows);
   const unsigned tile = blockIdx.x - rank, split = tile / row_blocks;
-  const int64_t n0 = int64_t{tile % row_blocks} * kNormRows;
+  const int n0 = static_cast<int>(tile % row_blocks) * kNormRows;
   const int begin = static_cast<int>(split) * split_columns;
   const int end = in_features - begin < split_columns ? in_features : begin + split_columns;
   const int column_group = threadIdx.x & 15, first_row = threadIdx.x / 16 * 8;
@@ -320,8 +323,8 @@ __global__ void __launch_bounds__(kNormThreads, Weight::kCtas)
     double sum = static_cast<double>(total[i]) - static_cast<double>(lost[i]);
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(kNormAllLanes, sum, step);
-    const int64_t n = n0 + first_row + i;
-    if (column_group == 0 && n < p.out_features) p.squares[split * p.out_features + n] = sum;
+    const int n = n0 + first_row + i;
+    if (column_group == 0 && n < p.out_features) p.squares[int64_t{split} * p.out_features + n] = sum;
   }
 }
 

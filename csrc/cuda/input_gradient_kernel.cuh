@@ -50,20 +50,14 @@ struct InputGradientShape {
   static constexpr int kSharedBytes = std::max(kRing, std::max(kReduction, kSums));
 };
 
-// absmax of a block as it is in memory: kNested, the code of it and the absmax of that.
-struct RawScale {
-  float absmax;
-  uint32_t code;
-};
+// absmax of a block as it is in memory: fp32, or kNested its code.
 template <bool kNested>
-PEFT_KERNELS_DEVICE RawScale load_scale(const NF4Weight& w, uint32_t block) {
-  if constexpr (!kNested) return {__ldg(w.absmax + block), 0};
-  return {__ldg(w.nested_absmax + (block >> w.nested_blocksize_log2)), __ldg(w.absmax_codes + block)};
+PEFT_KERNELS_DEVICE uint32_t load_scale(const NF4Weight& w, uint32_t block) {
+  return kNested ? __ldg(w.absmax_codes + block) : __float_as_uint(__ldg(w.absmax + block));
 }
 template <bool kNested>
-PEFT_KERNELS_DEVICE float scale_of(const NF4Weight& w, const RawScale& raw, float nested_offset) {
-  if constexpr (!kNested) return raw.absmax;
-  return __fadd_rn(__fmul_rn(__ldg(w.nested_code + raw.code), raw.absmax), nested_offset);
+PEFT_KERNELS_DEVICE float scale_of(const NF4Weight& w, uint32_t block, uint32_t raw) {
+  return kNested ? decode_absmax(w, block, raw, __ldg(w.nested_offset)) : __uint_as_float(raw);
 }
 
 // Adds the rows of W from `row` on, fewer than a step, to the sums of columns k to k + 7 of tokens m, m + kApart, ...
@@ -181,10 +175,10 @@ PEFT_KERNELS_DEVICE float either(const Array& array, int i) {
                                         : to_float(static_cast<const T*>(array.data)[i]);
 }
 
-// p + pieces, by one instruction.
-PEFT_KERNELS_DEVICE const uint4* after(const uint4* p, uint32_t pieces) {
-  const uint4* q;
-  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(q) : "r"(pieces), "l"(p));
+// Address of a piece of 16 bytes, by one instruction.
+PEFT_KERNELS_DEVICE const void* piece_of(const void* p, uint32_t number) {
+  const void* q;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(q) : "r"(number), "l"(p));
   return q;
 }
 
@@ -194,8 +188,16 @@ PEFT_KERNELS_DEVICE uint32_t keep(uint32_t value) {
   return value;
 }
 
+// CTAs of a multiprocessor, of eight warps each. Shared memory of 100 KiB holds one; accumulators of 128 registers
+// leave room for one.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr int kInputGradientMostCtas = 1;
+#else
+constexpr int kInputGradientMostCtas = 2;
+#endif
+
 template <class T, int kTokens, bool kNested>
-__global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens <= 16 ? kInputGradientMostCtas : 1)
     input_gradient_kernel(const __grid_constant__ InputGradient p, int splits) {
   using S = InputGradientShape<kTokens>;
   constexpr int kBytes = S::kBytes, kTokenTiles = S::kTokenTiles, kStep = kInputGradientStep;
@@ -220,10 +222,9 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const int chunk = lane % kChunks, copy_t = lane / kChunks & 3, copy_j = lane / kChunks / 4;
   const uint32_t copy_to =
       keep(weights + copy_j * 32 * kBytes + (chunk >> 1) * 128 + ((copy_t ^ (chunk >> 1) * 2) * 32) + (chunk & 1) * 16);
-  const int copy_byte = min(column0 / 2 + chunk * 16, static_cast<int>(p.in_features / 2) - 16);
-  const uint4* packed =
-      reinterpret_cast<const uint4*>(p.weight.packed + (row + 8 * copy_t + copy_j) * (p.in_features / 2) + copy_byte);
   const uint32_t row_pieces = static_cast<uint32_t>(p.in_features / 32);  // of 16 bytes
+  uint32_t packed = static_cast<uint32_t>(row + 8 * copy_t + copy_j) * row_pieces +
+                    min(static_cast<uint32_t>(column0 / 32 + chunk), row_pieces - 1);
   const uint32_t read_from =
       keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8 : t * 32 + g * 4));
 
@@ -231,12 +232,11 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   const int sharer = across * 32 + lane;
   const int grad_token = sharer / 4, grad_row = sharer % 4 * 8;
   constexpr int kGradsApart = S::kSharers / 4, kGradCopies = kTokens / kGradsApart;
-  const uint4* grad = reinterpret_cast<const uint4*>(static_cast<const T*>(p.grad.data) + row + grad_row);
-  uint32_t grad_pieces[kGradCopies];  // to each of the tokens
+  uint32_t grad[kGradCopies];  // pieces of 16 bytes to the rows of each token
 #pragma unroll
   for (int i = 0; i < kGradCopies; ++i) {
     const int64_t token = min(token0 + grad_token + i * kGradsApart, p.tokens - 1);
-    grad_pieces[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8)));
+    grad[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8) + (row + grad_row) / 8));
   }
   const uint32_t grads = shared + S::kGrads + down * (S::kGradStages * S::kGradBytes);
   const uint32_t grad_to = keep(grads + sharer * 16);
@@ -245,32 +245,32 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   // ---- Scales: absmax times column_scale. A lane fetches those of row `lane`, all read them from shared memory.
   const int log2 = p.weight.blocksize_log2, row_blocks = static_cast<int>(p.in_features >> log2);
   const int block0 = min(column0 >> log2, row_blocks - 1);
-  const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6, second_inside = two_blocks && block0 + 1 < row_blocks;
+  const bool two_blocks = S::kScaleBlocks == 2 && log2 == 6 && block0 + 1 < row_blocks;
   float* const scales = reinterpret_cast<float*>(memory + S::kScales + warp * (2 * S::kScaleBytes));
-  const float4* const my_scales = reinterpret_cast<const float4*>(scales + ((2 * kBytes * g) >> log2) * kStep + 8 * t);
-  const float nested_offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
-  RawScale raw[2] = {};
+  const float4* const my_scales = reinterpret_cast<const float4*>(scales + (two_blocks ? g / 4 : 0) * kStep + 8 * t);
+  uint32_t raw[2] = {0, 0};
   float column_scale = 1.0f;
+
+  const auto block_of = [&](int step) { return static_cast<uint32_t>(step * kStep + lane) * row_blocks + block0; };
 
   const auto fetch = [&](int step, unsigned stage) {  // steps in their order
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       copy_async_16(copy_to + stage * S::kWeightBytes + i * kRowsApart * 32 * kBytes,
-                    after(packed, i * kRowsApart * row_pieces));
+                    piece_of(p.weight.packed, packed + i * kRowsApart * row_pieces));
     }
 #pragma unroll
     for (int i = 0; i < kGradCopies; ++i) {
       copy_async_16(grad_to + stage % S::kGradStages * S::kGradBytes + i * S::kSharers * 16,
-                    after(grad, grad_pieces[i]));
+                    piece_of(p.grad.data, grad[i]));
+      grad[i] += S::kDown * kStep / 8;
     }
-    grad += S::kDown * kStep / 8;
     copy_async_commit();
-    const int scale_row = step * kStep + lane;
-    const uint32_t block = static_cast<uint32_t>(scale_row) * row_blocks + block0;
+    const uint32_t block = block_of(step);
     raw[0] = load_scale<kNested>(p.weight, block);
-    if (second_inside) raw[1] = load_scale<kNested>(p.weight, block + 1);
-    if (p.column_scale) column_scale = either<T>(p.column_scale, scale_row);
-    packed = after(packed, S::kDown * kStep * row_pieces);
+    if (two_blocks) raw[1] = load_scale<kNested>(p.weight, block + 1);
+    if (p.column_scale) column_scale = either<T>(p.column_scale, step * kStep + lane);
+    packed += S::kDown * kStep * row_pieces;
   };
 
   float acc[kBytes][kTokenTiles][4] = {};
@@ -279,11 +279,16 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   __syncthreads();
   const uint32_t copy = table.copy_of(lane);
   unsigned stage = 0;
-#pragma unroll 2
+#pragma unroll(kTokens == 16 ? 1 : 2)
   for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
-    float* const at = scales + stage * (S::kScaleBytes / 4);
-    at[lane] = scale_of<kNested>(p.weight, raw[0], nested_offset) * column_scale;
-    if (two_blocks) at[kStep + lane] = scale_of<kNested>(p.weight, raw[1], nested_offset) * column_scale;
+    if (step < last) {
+      float* const at = scales + stage * (S::kScaleBytes / 4);
+      const uint32_t block = block_of(step);
+      at[lane] = scale_of<kNested>(p.weight, block, raw[0]) * column_scale;
+      if (two_blocks) {
+        at[kStep + lane] = scale_of<kNested>(p.weight, block + 1, raw[1]) * column_scale;
+      }
+    }
     copy_async_wait<0>();
     if constexpr (S::kShared) {
       __syncthreads();  // of all warps, in every turn

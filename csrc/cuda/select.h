@@ -15,9 +15,6 @@ inline Plan select(const Product& product, const Device& device) {
   return product.by_input ? select_input_gradient(product, device) : select_linear(product, device);
 }
 
-// Parts of the sum over K of a projection.
-inline int64_t projection_splits(int64_t, int64_t, int64_t, const Device&) { return 1; }
-
 // Parts of the sum over K of dora_norm: four CTAs of 64 rows for a multiprocessor, 256 inputs or more for each.
 inline int64_t norm_splits(int64_t in_features, int64_t out_features, const Device& device) {
   const int64_t row_blocks = (out_features + 63) / 64;

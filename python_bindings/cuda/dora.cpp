@@ -1,5 +1,6 @@
 // dora_norm for tensors on GPUs; schema in peft_kernels/ops/dora/schema.py.
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "cuda/select.h"
@@ -20,6 +21,9 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   problem.out_features = out_features;
   STD_TORCH_CHECK(problem.in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [",
                   out_features, ", ", problem.in_features, "]");
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 256;  // kernels count rows and columns in 32 bits
+  STD_TORCH_CHECK(problem.in_features <= kMost && out_features <= kMost,
+                  "weight must be [N, K] with N, K < 2^31 - 256");
   check_shape("lora_a", lora_a, {problem.rank, problem.in_features}, Place::kGpu);
   check_shape("lora_b", lora_b, {out_features, problem.rank}, Place::kGpu);
   check_dtype("lora_b", lora_b, lora_a.scalar_type());

@@ -26,7 +26,7 @@ class OnGpu {
 #endif
   {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "CUDA kernels need a CUDA build of torch");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     succeeded("asking the GPU for its properties", cuda::describe_device(&device));
   }
 
@@ -70,9 +70,8 @@ std::tuple<Results...> by_triton(const char* op, const Arguments&... arguments) 
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, std::max(sizeof...(Arguments), sizeof...(Results))> stack{from(arguments)...};
-  explained("the Triton kernels of this op failed", [&] {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "triton", stack.data(), TORCH_ABI_VERSION));
-  });
+  explained("the Triton kernels of this op failed",
+            [&] { TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "triton", stack.data(), TORCH_ABI_VERSION)); });
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return std::tuple<Results...>{to<Results>(stack[i])...};
   }(std::index_sequence_for<Results...>{});

@@ -19,15 +19,12 @@ Tensor projected(const Operands& in, const Tensor& x, const OnGpu& gpu) {
   problem.tokens = in.tokens;
   problem.in_features = in.in_features;
   problem.rank = in.rank;
-  problem.splits = cuda::projection_splits(in.tokens, in.in_features, in.rank, gpu.device);
   problem.x = array("x", x);
   problem.x_stride = row_stride(x);
   problem.a = array("lora_a", in.lora_a);
   problem.dropout = gpu_dropout(in.dropout_p, in.seed);
   const Tensor u = empty_float(x, {in.tokens, in.rank});
-  const Tensor partials = problem.splits > 1 ? empty_float(x, {problem.splits, in.tokens, in.rank}) : u;
   problem.u = floats(u);
-  problem.partials = floats(partials);
   OnGpu::succeeded("the projection", cuda::project(problem, gpu.stream));
   return u;
 }

@@ -9,8 +9,8 @@ int64_t plan(bool by_input, int64_t tokens, int64_t in_features, int64_t out_fea
              ScalarType dtype) {
   cuda::Device device;
   OnGpu::succeeded("asking the GPU for its properties", cuda::describe_device(&device));
-  const cuda::Product product{by_input,     tokens, in_features, out_features, blocksize_log2("blocksize", blocksize),
-                              dtype_of("dtype", dtype)};
+  const cuda::Product product{
+      by_input, tokens, in_features, out_features, blocksize_log2("blocksize", blocksize), dtype_of("dtype", dtype)};
   return static_cast<int64_t>(cuda::select(product, device).method);
 }
 

@@ -16,6 +16,49 @@ if TYPE_CHECKING:
 _NOBODY = -1
 
 
+class WarpOrder:
+    """Which lanes touched shared memory since their warp's last bar.warp.sync: races within a warp.
+
+    Only for programs that have that instruction; elsewhere lanes are taken to run in step. A lane's code is
+    epoch << 10 | thread; the epoch counts the barriers and the bar.warp.syncs that it has passed, from 1. Of
+    a granule there is the last writer, and the highest and the lowest lane of a warp that read, as in
+    `SharedMemory`; of several warps that read one granule, one is remembered.
+    """
+
+    def __init__(self, m: Machine, entries: int) -> None:
+        self.m = m
+        self.writer, self.first, self.last = (np.empty(entries, np.int32) for _ in range(3))
+        self.code = np.empty(m.lanes, np.int32)
+
+    def reset(self) -> None:
+        """A new chunk of CTAs."""
+        for shadow in (self.writer, self.first, self.last):
+            shadow.fill(0)
+        self.code[:] = 1 << 10 | self.m.thread
+
+    def advance(self, lanes: NDArray[np.bool_] | slice) -> None:
+        """These have passed a barrier."""
+        self.code[lanes] += 1 << 10
+
+    def read(self, granule: NDArray, lanes: NDArray) -> NDArray[np.bool_]:
+        """Which of these reads race with a write."""
+        code = self.code[lanes]
+        for shadow, value in ((self.last, code), (self.first, code ^ 31)):
+            np.maximum.at(shadow, granule, value)
+        return self._another_lane(self.writer[granule] ^ code)
+
+    def write(self, granule: NDArray, lanes: NDArray) -> NDArray[np.bool_]:
+        """Which of these writes race with a read or another write."""
+        code = self.code[lanes]
+        before = (self.writer[granule], self.last[granule], self.first[granule] ^ 31)
+        self.writer[granule] = code
+        return np.logical_or.reduce([self._another_lane(shadow ^ code) for shadow in before])
+
+    @staticmethod
+    def _another_lane(difference: NDArray) -> NDArray[np.bool_]:
+        return (difference - 1).view(np.uint32) < 31  # the same warp and epoch
+
+
 class SharedMemory(WindowMemory):
     """Shared memory of every CTA, and who touched it since the CTA's last barrier.
 
@@ -42,6 +85,8 @@ class SharedMemory(WindowMemory):
             self.unfenced = np.empty(entries, np.bool_)  # written with no fence.proxy.async since
         self.code = np.empty(m.lanes, np.int32)
         self.unsynced: list[tuple[NDArray, NDArray]] = []  # (granules, lanes) of arrived cp.async data
+        syncs_warps = any(i.opcode == "bar" and i.has("warp") for i in m.program.instructions)
+        self.warp_order = WarpOrder(m, entries) if syncs_warps else None
 
     def reset(self) -> None:
         """A new chunk of CTAs."""
@@ -52,6 +97,8 @@ class SharedMemory(WindowMemory):
                 shadow.fill(0)
         self.code[:] = (1 << 11) | self.m.thread << 1
         self.unsynced.clear()
+        if self.warp_order:
+            self.warp_order.reset()
 
     def next_epoch(self, released: NDArray[np.bool_] | None) -> None:
         """The CTAs of these lanes (None: all) have passed a barrier."""
@@ -60,11 +107,15 @@ class SharedMemory(WindowMemory):
             self.unsynced.clear()
         else:
             self.code[released] += 1 << 11
+        if self.warp_order:
+            self.warp_order.advance(slice(None) if released is None else released)
 
     def synchronise_warp(self, mask: NDArray[np.bool_]) -> None:
         """bar.warp.sync: data that cp.async brought to these lanes may be seen by their warp."""
         for granules, lanes in self.unsynced:
             self.writer[granules[mask[lanes]]] &= ~1
+        if self.warp_order:
+            self.warp_order.advance(mask)
 
     def finish_matrix_read(self, granule: NDArray, lane: NDArray) -> None:
         """A wgmma that was waited for has read these; other warps know only after a barrier."""
@@ -116,6 +167,8 @@ class SharedMemory(WindowMemory):
         """Check these reads against writes of the same epoch, and remember them."""
         writer = self.writer[granule]
         self._check_writer(ins, granule, writer, code, lanes, "read")
+        if self.warp_order:
+            self._check_lanes(ins, granule, self.warp_order.read(granule, lanes), lanes, "read")
         warp = code >> 6
         self.last[granule] = np.maximum(self.last[granule], warp)
         backwards = granule[::-1]
@@ -129,6 +182,8 @@ class SharedMemory(WindowMemory):
         """Check these writes against reads and writes of the same epoch, and remember them."""
         self._check_writer(ins, granule, self.writer[granule], code, lanes, "write")
         self._check_readers(ins, granule, code, lanes)
+        if self.warp_order:
+            self._check_lanes(ins, granule, self.warp_order.write(granule, lanes), lanes, "write")
         if self.atomic is not None:
             self._check_warp(
                 ins, granule, self.atomic[granule], code, lanes, "write of what an atomic updated,"
@@ -165,6 +220,17 @@ class SharedMemory(WindowMemory):
                     "shared race", ins, lanes[bad],
                     f"write of {self._where(granule[at])}, which a wgmma reads that nobody has waited for",
                 )  # fmt: skip
+
+    def _check_lanes(
+        self, ins: Instruction, granule: NDArray, bad: NDArray[np.bool_], lanes: NDArray, what: str
+    ) -> None:
+        if np.count_nonzero(bad):
+            at = int(np.flatnonzero(bad)[0])
+            self.m.report(
+                "shared race", ins, lanes[bad],
+                f"{what} of {self._where(granule[at])}, which another lane of the warp touched with no"
+                " bar.warp.sync in between",
+            )  # fmt: skip
 
     def _check_warp(
         self, ins: Instruction, granule: NDArray, shadow: NDArray, code: NDArray, lanes: NDArray, what: str

@@ -49,3 +49,20 @@ def test_training_step_on_an_emulated_gpu(gpu: Any, name: str) -> None:
         expected = step(module, x)
     for actual, wanted in zip(found, expected, strict=True):  # their bounds are derived in tests/ops
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3 outputs"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_training_step_with_cuda_kernels(cuda_gpu: Any, name: str, tokens: int) -> None:
+    module, x = MODULES[name][0](), torch.randn(tokens, 128, dtype=torch.bfloat16)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    found = step(module, x)
+    names = " ".join(launch.shown for launch in cuda_gpu.launches)
+    assert "linear_" in names
+    assert "input_gradient_kernel" in names
+    with pk.use_backend("reference"):
+        expected = step(module, x)
+    for actual, wanted in zip(found, expected, strict=True):  # bf16: bounds are derived in tests/ops
+        torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))

@@ -19,7 +19,8 @@ from nf4_tensors import (
 import gpuless
 import peft_kernels as pk
 from gpuless import toolchain
-from gpuless.static import ptx_budget
+from gpuless.sass import disassemble
+from gpuless.static import cubin_budget
 from peft_kernels.core.library import native_library
 from peft_kernels.ops.nf4.schema import BLOCKSIZES
 
@@ -153,10 +154,9 @@ def test_bytes_and_transactions_are_the_fewest(dtype: torch.dtype, double_quant:
         for access in result.accesses:
             nested_code = access.name.endswith("nc.f32") and double_quant
             assert access.transactions == access.ideal or nested_code, access
-        wide = sum(
-            access.bytes for access in result.accesses if ".v4." in access.name and access.space == "global"
-        )
-        assert wide >= weight.nbytes + (w.packed.nbytes if result is dequantize else 0)
+        wide = [a for a in result.accesses if ".v4." in a.name and a.space == "global"]
+        read = w.packed.nbytes if result is dequantize else 0
+        assert sum(access.bytes for access in wide) >= weight.nbytes + read
 
 
 def test_a_missing_barrier_is_found() -> None:
@@ -171,17 +171,17 @@ def test_a_missing_barrier_is_found() -> None:
     with gpuless.cuda(80, edit=without_barrier), pk.use_backend("cuda"):
         pk.functional.nf4_quantize(weight, 1024)
         for blocksize in (2048, 4096):
-            with pytest.raises(gpuless.Report, match="shared race|uninitialised"):
+            with pytest.raises(gpuless.Report, match=r"shared race|uninitialised"):
                 pk.functional.nf4_quantize(weight, blocksize)
 
 
 @pytest.mark.parametrize("arch", [90, *(pytest.param(each, marks=full) for each in (80, 86, 89, 100, 120))])
 def test_everything_stays_in_registers(nvcc: str, arch: int) -> None:
-    ptx = toolchain.ptx(SOURCE, arch)
-    kernels = re.findall(r"\.entry\s+(\w+)", ptx)
+    code = toolchain.cubin(SOURCE, arch)
+    kernels = list(disassemble(code))
     assert len(kernels) == 6
     for kernel in kernels:
-        found = ptx_budget(ptx, arch, threads=128, kernel=kernel)
+        found = cubin_budget(code, arch, threads=128, kernel=kernel)
         assert found.in_registers, found
         assert found.occupancy.ctas >= 8, found
 
