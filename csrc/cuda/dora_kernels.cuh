@@ -84,9 +84,9 @@ struct NormNF4 {
     for (int i = 0; i < 2; ++i) {
       const int row = threadIdx.x / 32 * 16 + i * 8 + (threadIdx.x & 31) / 4;
       const bool inside = n0 + row < p.out_features && k < in_features;
-      const int64_t e = inside ? int64_t{n0 + row} * in_features + k : 0;
+      const int64_t e = inside ? int64_t{n0 + row} * in_features + k : 0;  // any codes do outside: times zero
       copy_async_16(shared_address(&shared.words[row / 8][row % 8 * (kNormColumns / 8) + 4 * group]),
-                    p.weight.packed + (e >> 1), inside);
+                    p.weight.packed + (e >> 1));
       shared.absmax[row][group] = inside ? load_absmax(p.weight, e >> p.weight.blocksize_log2) : 0.0f;
     }
     copy_async_commit();

@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
   const int64_t rank0 = int64_t{blockIdx.x} * kCountRanks, token0 = int64_t{blockIdx.y} * kCountTokens;
   float sum[kCountTokens][kCountRanks] = {};
   add_products<X, A>(p, token0, rank0, sum);
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float& s = sum[i / kCountRanks][i % kCountRanks];
