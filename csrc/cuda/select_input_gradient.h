@@ -23,7 +23,7 @@ inline constexpr InputGradientRow kInputGradientRows[] = {{120, 128}, {100, 32},
 
 // The sum over n is split where CTAs are fewer than multiprocessors; at least two steps for each warp.
 inline Plan select_input_gradient(const Product& product, const Device& device) {
-  const int64_t m = std::max<int64_t>(product.tokens, 1), n = product.out_features, k = product.in_features;
+  const int64_t m = product.tokens, n = product.out_features, k = product.in_features;
   int most_tokens = 0;
   for (const InputGradientRow& row : kInputGradientRows) {
     if (device.arch >= row.from_arch) {
@@ -33,6 +33,7 @@ inline Plan select_input_gradient(const Product& product, const Device& device) 
   }
   const bool whole_blocks =
       product.blocksize_log2 >= kInputGradientLeastBlocksizeLog2 && k % (int64_t{1} << product.blocksize_log2) == 0;
+  if (k * n >> 37 != 0) return {};  // the kernel counts 16 bytes in 32 bits
   if (product.dtype == DType::kFloat32 || !whole_blocks || m > most_tokens) return {};
   const int block = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;  // tokens of a CTA
   const int64_t columns = (k + kInputGradientColumns - 1) / kInputGradientColumns;

@@ -46,8 +46,9 @@ class OnGpu {
 inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A 16-bit or fp32 matrix whose rows start on 16 bytes, their elements side by side: the caller's own, or a copy.
+// Kernels count 16 bytes in 32 bits, which rows very far apart would pass.
 inline Tensor with_aligned_rows(const Tensor& t) {
-  const bool rows = t.size(0) <= 1 || t.stride(0) % 8 == 0;
+  const bool rows = t.size(0) <= 1 || (t.stride(0) % 8 == 0 && t.size(0) * t.stride(0) >> 35 == 0);
   if (rows && t.stride(1) == 1 && aligned_16(t.const_data_ptr())) return t;
   const int64_t columns = t.size(1), padded = (columns + 7) / 8 * 8;
   Tensor whole = empty(t, {t.size(0), padded}, t.scalar_type());
