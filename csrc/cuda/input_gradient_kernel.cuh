@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   uint32_t packed = static_cast<uint32_t>(row + 8 * copy_t + copy_j) * row_pieces +
                     min(static_cast<uint32_t>(column0 / 32 + chunk), row_pieces - 1);
   const uint32_t read_from =
-      keep(weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8 : t * 32 + g * 4));
+      weights + (kBytes == 8 ? (g >> 2) * 128 + ((t ^ (g >> 2) * 2) * 32) + (g & 3) * 8 : t * 32 + g * 4);
 
   // ---- dz, by cp.async too. A thread copies 16 bytes, eight rows, of tokens that are kGradsApart apart.
   const int sharer = across * 32 + lane;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     grad[i] = keep(static_cast<uint32_t>(token * (p.grad_stride / 8) + (row + grad_row) / 8));
   }
   const uint32_t grads = shared + S::kGrads + down * (S::kGradStages * S::kGradBytes);
-  const uint32_t grad_to = keep(grads + sharer * 16);
+  const uint32_t grad_to = grads + sharer * 16;
   const uint32_t grad_from = S::kShared ? keep(grads + lane * 16) : grad_to;
 
   // ---- Scales: absmax times column_scale. A lane fetches those of row `lane`, all read them from shared memory.
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   uint32_t raw[2] = {0, 0};
   float column_scale = 1.0f;
 
-  const auto block_of = [&](int step) { return static_cast<uint32_t>(step * kStep + lane) * row_blocks + block0; };
+  uint32_t block = static_cast<uint32_t>(row - S::kDown * kStep + lane) * row_blocks + block0;  // fetched last
 
   const auto fetch = [&](int step, unsigned stage) {  // steps in their order
 #pragma unroll
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
       grad[i] += S::kDown * kStep / 8;
     }
     copy_async_commit();
-    const uint32_t block = block_of(step);
+    block += S::kDown * kStep * row_blocks;
     raw[0] = load_scale<kNested>(p.weight, block);
     if (two_blocks) raw[1] = load_scale<kNested>(p.weight, block + 1);
     if (p.column_scale) column_scale = either<T>(p.column_scale, step * kStep + lane);
@@ -283,7 +283,6 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   for (int step = first + down; step < last + (S::kShared ? down : 0); step += S::kDown, stage ^= 1) {
     if (step < last) {
       float* const at = scales + stage * (S::kScaleBytes / 4);
-      const uint32_t block = block_of(step);
       at[lane] = scale_of<kNested>(p.weight, block, raw[0]) * column_scale;
       if (two_blocks) {
         at[kStep + lane] = scale_of<kNested>(p.weight, block + 1, raw[1]) * column_scale;

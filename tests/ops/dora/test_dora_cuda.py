@@ -92,6 +92,16 @@ def test_low_rank_parts_that_cancel_each_other(cuda_gpu: Any) -> None:
     assert error(NORM(weight, a, b, 1.0), exact_norm(weight, a, b, 1.0)) <= MOST
 
 
+@pytest.mark.parametrize("scaling", [1.0, 1e6])
+def test_one_column_that_cancels(cuda_gpu: Any, scaling: float) -> None:
+    """The largest element of A counts, times scaling; not those that come after it."""
+    n, k = 20, 192
+    a, b, weight = torch.randn(2, k) / scaling, torch.randn(n, 2), torch.randn(n, k)
+    a[:, 3] *= 1e6
+    weight[:, 3] -= scaling * (b @ a)[:, 3]
+    assert error(NORM(weight, a, b, scaling), exact_norm(weight, a, b, scaling)) <= MOST
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e30])
 def test_squares_beyond_fp32(cuda_gpu: Any, size: float) -> None:
     weight, a, b = size * torch.randn(10, 100), size * torch.randn(4, 100), torch.randn(10, 4)

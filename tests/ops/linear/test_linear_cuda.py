@@ -87,6 +87,13 @@ def test_every_rank(cuda_gpu: Any, m: int, r: int, adapter_dtype: torch.dtype) -
     check(cuda_gpu, make(m, 34, 128, r=r, adapter_dtype=adapter_dtype, dropout_p=0.3))
 
 
+@pytest.mark.parametrize("m", [1, 20])
+def test_projection_of_long_rows(cuda_gpu: Any, m: int) -> None:
+    """All warps of a CTA, and more than one turn."""
+    problem = make(m, 9, 2240, r=5, parts=("lora",), dropout_p=0.3)
+    problem.check(problem.run())
+
+
 @pytest.mark.parametrize("parts", [(), ("lora",), ("column_scale",), ("bias",)], ids=str)
 @pytest.mark.parametrize("m", [1, 20])
 def test_every_part_alone(cuda_gpu: Any, m: int, parts: tuple[str, ...]) -> None:
