@@ -33,7 +33,7 @@ struct Dropout {
   float scale = 1.0f;      // 1 / (1 - p)
 };
 
-// u = D(x) A^T in fp32.
+// u = D(x) A^T in fp32. K and `x_stride` are multiples of 8, x begins at a multiple of 16 bytes.
 struct Projection {
   int64_t tokens = 0, in_features = 0, rank = 0;
   Array x;  // [tokens, K], rows `x_stride` elements apart

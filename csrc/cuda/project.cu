@@ -10,19 +10,11 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTokens = 4, kRanks = 4;  // of a CTA, at most
 constexpr unsigned kManyCtas = 64;      // with fewer, a CTA has one rank: more of them read at once
 
-// Elements k to k + 7 of a row of `length`, at any address; zeros from its end on.
-template <class T>
-PEFT_KERNELS_DEVICE void load_any_8(const T* row, int64_t k, int64_t length, float (&out)[8]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) out[j] = k + j < length ? to_float(row[k + j]) : 0.0f;
-}
-
 // This thread's part of the sums. Tokens and ranks outside are read from inside, and not stored.
 template <class X, class A, int kCountTokens, int kCountRanks>
 PEFT_KERNELS_DEVICE void add_products(const Projection& p, int64_t token0, int64_t rank0,
                                       float (&sum)[kCountTokens][kCountRanks]) {
-  const bool vectors =
-      p.in_features % 8 == 0 && p.x_stride % 8 == 0 && aligned_to(p.x.data, 16) && aligned_to(p.a.data, 16);
+  const bool a_is_aligned = aligned_to(p.a.data, 16);
   const bool drops = p.dropout.seed != nullptr;
   const uint64_t seed = drops ? static_cast<uint64_t>(__ldg(p.dropout.seed)) : 0;
   const auto x_row = [&](int i) {
@@ -33,16 +25,17 @@ PEFT_KERNELS_DEVICE void add_products(const Projection& p, int64_t token0, int64
   };
   for (int64_t k = 8 * threadIdx.x; k < p.in_features; k += 8 * kThreads) {
     float x[kCountTokens][8], a[kCountRanks][8];
-    if (vectors) {
 #pragma unroll
-      for (int i = 0; i < kCountTokens; ++i) load_8(x_row(i) + k, x[i]);
+    for (int i = 0; i < kCountTokens; ++i) load_8(x_row(i) + k, x[i]);
 #pragma unroll
-      for (int j = 0; j < kCountRanks; ++j) load_8(a_row(j) + k, a[j]);
-    } else {
+    for (int j = 0; j < kCountRanks; ++j) {
+      const A* row = a_row(j) + k;
+      if (a_is_aligned) {
+        load_8(row, a[j]);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kCountTokens; ++i) load_any_8(x_row(i), k, p.in_features, x[i]);
-#pragma unroll
-      for (int j = 0; j < kCountRanks; ++j) load_any_8(a_row(j), k, p.in_features, a[j]);
+        for (int e = 0; e < 8; ++e) a[j][e] = to_float(row[e]);
+      }
     }
     if (drops) {
       const uint32_t kept = kept_rows<kCountTokens>(p.dropout, seed, token0 * p.in_features + k, p.in_features);

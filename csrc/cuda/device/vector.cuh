@@ -38,21 +38,19 @@ PEFT_KERNELS_DEVICE void load_8(const Array& array, int64_t i, float (&out)[8]) 
   }
 }
 
-// Which of the elements e to e + 7 dropout keeps: bits 0 to 7. A group of four elements has the words of one call of
-// Philox; eight that begin inside a group have a part of three.
+// Which of the elements e to e + 7 dropout keeps: bits 0 to 7. e is a multiple of four: a group of four elements has
+// the words of one call of Philox.
 PEFT_KERNELS_DEVICE uint32_t kept_8(const Dropout& dropout, uint64_t seed, uint64_t e) {
-  const int inside = static_cast<int>(e & 3);
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    if (i == 2 && inside == 0) break;
+  for (int i = 0; i < 2; ++i) {
     const uint64_t group = (e >> 2) + i;
     const PhiloxWords words = philox4x32({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}},
                                          static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 #pragma unroll
     for (int j = 0; j < 4; ++j) bits |= (words.word[j] >= dropout.threshold ? 1u : 0u) << (4 * i + j);
   }
-  return bits >> inside & 0xFF;
+  return bits;
 }
 
 // The same of up to four rows, `stride` elements apart, eight bits each. One call at a time: code is short.
