@@ -74,9 +74,7 @@ CASES = (
     Case("linear_gemv_fp32_kernel<", (forward(2, 640, 9, torch.float32),)),
     Case("linear_matmul_kernel<__nv_bfloat16, MatmulTile<8,", (forward(5, 2368, 40), forward(5, 64, 40))),
     Case("linear_matmul_kernel<__nv_bfloat16, MatmulTile<16,", (forward(12, 1344, 70), forward(12, 64, 70))),
-    Case(
-        "linear_matmul_kernel<__nv_bfloat16, MatmulTile<64,", (forward(50, 832, 520), forward(50, 64, 520))
-    ),
+    Case("linear_matmul_kernel<__nv_bfloat16, MatmulTile<64,", (forward(50, 832, 520), forward(50, 64, 520))),
     Case("input_gradient_kernel<__nv_bfloat16, 8,", (backward(3, 192, 600), backward(3, 64, 20))),
     Case("input_gradient_kernel<__nv_bfloat16, 64,", (backward(50, 192, 600), backward(50, 64, 20))),
     Case("input_gradient_kernel<__nv_bfloat16, 16,", (backward(12, 64, 1100),), 4),  # a split sum
