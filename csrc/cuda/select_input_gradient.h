@@ -23,7 +23,7 @@ inline constexpr InputGradientRow kInputGradientRows[] = {{120, 128}, {100, 32},
 
 // The sum over n is split where CTAs are fewer than multiprocessors; at least two steps for each warp.
 inline Plan select_input_gradient(const Product& product, const Device& device) {
-  const int64_t m = std::max<int64_t>(product.tokens, 1), n = product.out_features, k = product.in_features;
+  const int64_t m = product.tokens, n = product.out_features, k = product.in_features;
   int most_tokens = 0;
   for (const InputGradientRow& row : kInputGradientRows) {
     if (device.arch >= row.from_arch) {
