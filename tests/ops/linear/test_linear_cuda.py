@@ -293,6 +293,10 @@ def test_explain_says_what_is_launched(cuda_gpu: Any) -> None:
                 assert native == ("CUDA C++" in regime.method), (m, regime)
 
 
+def test_explain_has_nothing_to_say_of_the_reference(cuda_gpu: Any) -> None:
+    assert regimes.plans(plan.Product(128, 64, torch.float64, torch.device("cpu"))) == {}
+
+
 def test_backend_of_names_it(cuda_gpu: Any) -> None:
     assert backend_of("adapted_linear", "cpu") == "cuda"
     assert backend_of("philox_dropout", "cpu") == "triton"
