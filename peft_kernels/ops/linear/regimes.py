@@ -26,6 +26,8 @@ def plans(product: plan.Product) -> dict[str, plan.Plan]:
         return plan.plans(product)
     if product.dtype not in plan.NATIVE_DTYPES:
         return {}
+    if product.input_scale:  # x l_in, and dl_in beside dx, are Triton's: python_bindings/cuda, cuda.py
+        backend = "triton"
     # How many outputs there are decides on tiles and splits, not on the method, up to millions: take one.
     shapes = [
         triton_plan.Product(m, 1, product.in_features, product.blocksize, product.dtype)
