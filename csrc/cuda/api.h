@@ -45,7 +45,7 @@ struct Projection {
 
 // z = x W^T + scaling * u B^T,   y = column_scale * z + bias; every result rounded once.
 // Rows of W are whole blocks, blocksize 64 or more. In 16 bits W is rounded to the dtype of x.
-// x and the packed weight begin at multiples of 16 bytes, and `x_stride` is a multiple of 16 bytes.
+// x and the packed weight begin at multiples of 16 bytes; `x_stride` is a multiple of 8, and M x_stride below 2^35.
 struct Linear {
   int64_t tokens = 0, in_features = 0, out_features = 0, rank = 0;  // M, K, N, r
   Array x;                                                          // [M, K], rows `x_stride` elements apart

@@ -38,11 +38,11 @@ __global__ void __launch_bounds__(GemvFp32::kThreads, 3) linear_gemv_fp32_kernel
       shared_address(shared) + to_token * 1024 + to_lane * 32 + (to_half ^ (to_lane >> 2 & 1)) * 16;
   const auto stage = [&](int quarter, int slot) {
     const int first = (quarter >> 2) * GemvFp32::kChunk + to_lane * GemvFp32::kInputs;
-    const bool inside = first < inputs;
-    const int from = inside ? first + (quarter & 3) * 8 + to_half * 4 : 0;
-    if (quarter < 4 * chunks && to_token < kTokens) {
+    if (to_token < kTokens) {
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) copy_async_16(copy_to + slot * kStageBytes + i * 2048, x[i] + from, inside);
+      for (int i = 0; i < kCopies; ++i)
+        copy_async_16(copy_to + slot * kStageBytes + i * 2048, x[i] + first + (quarter & 3) * 8 + to_half * 4,
+                      first < inputs);  // zeros beyond K
     }
     copy_async_commit();
   };

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     PairTable& pairs = *reinterpret_cast<PairTable*>(shared + kRingBytes);
     pairs.fill(threadIdx.x, Tile::kThreads);
     copy = pairs.copy_of(lane);
-    __syncthreads();
+    if constexpr (Tile::kRowWarps == 1) __syncthreads();  // else the loop's first barrier will do
   }
   float sum[2][kTokenTiles][4] = {};
   add_low_rank(sum, p, first_row, first_token, part, Tile::kParts);
@@ -157,7 +157,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   float* parts = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int r = 0; r < 2; ++r) Sums::put(parts, part, 32 * row_warp + 16 * r, sum[r]);
-  __syncthreads();
+  if constexpr (Tile::kParts == 1) {
+    __syncwarp();  // a warp finishes the outputs whose sums it has
+  } else {
+    __syncthreads();
+  }
   Sums::template finish<T, Tile::kThreads>(parts, p, first_token, first_output);
 }
 

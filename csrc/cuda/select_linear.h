@@ -31,15 +31,14 @@ struct LinearTile {
 };
 inline constexpr LinearTile kLinearTiles[] = {
     {64, 128, 8.0, "tensor cores"},
-    {32, 64, 6.3, "ALU"},
+    {32, 64, 5.9, "ALU"},
     {16, 64, 5.1, "load/store unit"},
     {8, 32, 4.6, "load/store unit"},
 };
 
 // Of the tiles, that with which the busiest multiprocessor is done first. A small one may win although it decodes W
 // several times: by then W is in L2, and multiprocessors would have nothing to do. Sums over K are split among the
-// warps of a CTA only: parts of them in memory would be more bytes than the weight's twentieth but at K beyond 1000 a
-// token.
+// warps of a CTA only: writing and reading two parts of them is more than a twentieth of W's bytes where K < 570 M.
 inline Plan select_linear(const Product& product, const Device& device) {
   const int64_t m = product.tokens, blocksize = int64_t{1} << product.blocksize_log2;
   if (device.arch < 80 || blocksize < 64 || product.in_features % blocksize != 0) return {};
