@@ -9,7 +9,9 @@ python=.venv/bin/python
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 case $arch in 90 | 100 | 103) arch+=a ;; esac
-PEFT_KERNELS_CUDA=1 PEFT_KERNELS_CUDA_ARCHS="$arch-real" "$python" setup.py --quiet build_ext --inplace
+export PEFT_KERNELS_CUDA=1 PEFT_KERNELS_CUDA_ARCHS="$arch-real"
+make venv
+"$python" setup.py --quiet build_ext --inplace # make does not look at these variables
 "$python" -m peft_kernels
 
 if command -v compute-sanitizer >/dev/null; then
