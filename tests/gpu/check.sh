@@ -14,15 +14,23 @@ make venv
 "$python" setup.py --quiet build_ext --inplace # make does not look at these variables
 "$python" -m peft_kernels
 
+failed=()
+check() { # check COMMAND...: run it, note it if it fails, go on: a GPU may be here only once
+  printf '\n======== %s\n' "$*"
+  "$@" || failed+=("$*")
+}
+
 if command -v compute-sanitizer >/dev/null; then
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # torch hands out parts of large blocks, beyond whose ends nothing is noticed
   for tool in memcheck racecheck synccheck initcheck; do
-    printf '\n======== compute-sanitizer --tool %s\n' "$tool"
-    # PyTorch's allocator hands out parts of large blocks, beyond whose ends nothing would be noticed.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+    check compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
       "$python" -m pytest -q tests/gpu -k "test_few_tokens or test_codec or test_dora_norm"
   done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
-  printf '\ncompute-sanitizer is not on the PATH (it comes with the CUDA toolkit): those checks were left out\n'
+  printf '\ncompute-sanitizer is not on the PATH (it comes with the CUDA toolkit): those checks are left out\n'
 fi
-"$python" -m pytest -q tests/gpu
-"$python" -m peft_kernels.bench --device cuda
+check "$python" -m pytest -q tests/gpu
+check "$python" -m peft_kernels.bench --device cuda
+for command in "${failed[@]}"; do printf 'FAILED: %s\n' "$command"; done
+exit "$((${#failed[@]} > 0))"
