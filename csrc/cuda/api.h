@@ -60,7 +60,9 @@ struct Linear {
 };
 
 // t = (column_scale * g) W,   dx = input_scale * t + D'(du A).
-// Rows of W are whole blocks. W times column_scale is rounded to the dtype of g, once.
+// Rows of W are whole blocks, blocksize 64 or more. W times column_scale is rounded to the dtype of g, once.
+// g and the packed weight begin at multiples of 16 bytes, and `grad_stride` is a multiple of 16 bytes;
+// M * grad_stride < 2^35, N * K < 2^37.
 struct InputGradient {
   int64_t tokens = 0, in_features = 0, out_features = 0, rank = 0;  // M, K, N, r
   Array grad;                                                       // [M, N], rows `grad_stride` elements apart

@@ -15,7 +15,6 @@ inline constexpr int kNormThreads = 128;
 inline constexpr int kNormRows = 64, kNormColumns = 128;  // of a CTA's tile
 inline constexpr int kNormRanks = 16;                     // of A in shared memory
 inline constexpr int kNormResident = 64;                  // ranks up to which B stays in shared memory
-inline constexpr unsigned kNormAllLanes = 0xFFFFFFFFu;
 
 // scaling in two fp32 numbers: its rounding would be the same for all of a row's elements, and not average.
 struct NormScaling {
@@ -30,13 +29,6 @@ PEFT_KERNELS_DEVICE float norm_weight(const DoraNorm& p, int64_t n, int64_t k) {
   return kCodes.value[e & 1 ? byte & 15 : byte >> 4] * load_absmax(p.weight, e >> p.weight.blocksize_log2);
 }
 
-PEFT_KERNELS_DEVICE float2 unpack_pair(uint32_t word, BFloat16) {
-  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u));
-}
-PEFT_KERNELS_DEVICE float2 unpack_pair(uint32_t word, Float16) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&word));
-}
-
 // Elements i to i + 3 of an array, zeros from the `count`th on.
 PEFT_KERNELS_DEVICE float4 load_four(const Array& array, int64_t i, int64_t count) {
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -47,14 +39,13 @@ PEFT_KERNELS_DEVICE float4 load_four(const Array& array, int64_t i, int64_t coun
   return v;
 }
 PEFT_KERNELS_DEVICE bool fours_are_whole(const Array& array, int64_t columns) {
-  const int size = array.dtype == DType::kFloat32 ? 16 : 8;
-  return columns % 4 == 0 && reinterpret_cast<uintptr_t>(array.data) % size == 0;
+  return columns % 4 == 0 && aligned_to(array.data, array.dtype == DType::kFloat32 ? 16 : 8);
 }
 
 PEFT_KERNELS_DEVICE float4 to_floats(float4 v, float) { return v; }
 template <class T>
 PEFT_KERNELS_DEVICE float4 to_floats(uint2 words, T) {
-  const float2 low = unpack_pair(words.x, T{}), high = unpack_pair(words.y, T{});
+  const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
   return make_float4(low.x, low.y, high.x, high.y);
 }
 
@@ -84,9 +75,9 @@ struct NormNF4 {
     for (int i = 0; i < 2; ++i) {
       const int row = threadIdx.x / 32 * 16 + i * 8 + (threadIdx.x & 31) / 4;
       const bool inside = n0 + row < p.out_features && k < in_features;
-      const int64_t e = inside ? int64_t{n0 + row} * in_features + k : 0;
+      const int64_t e = inside ? int64_t{n0 + row} * in_features + k : 0;  // any codes do outside: times zero
       copy_async_16(shared_address(&shared.words[row / 8][row % 8 * (kNormColumns / 8) + 4 * group]),
-                    p.weight.packed + (e >> 1), inside);
+                    p.weight.packed + (e >> 1));
       shared.absmax[row][group] = inside ? load_absmax(p.weight, e >> p.weight.blocksize_log2) : 0.0f;
     }
     copy_async_commit();
@@ -101,7 +92,7 @@ struct NormNF4 {
     const float absmax = shared.absmax[8 * row_group + i][column_group / 4];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {  // a shuffle reads five bits of its index
-      out[k] = __shfl_sync(kNormAllLanes, code, word >> (4 * (k ^ 1))) * absmax;
+      out[k] = __shfl_sync(kAllLanes, code, word >> (4 * (k ^ 1))) * absmax;
     }
   }
 };
@@ -141,7 +132,7 @@ struct NormDense {
         if constexpr (sizeof(T) == 4) {
           out[4 * j + c] = __uint_as_float(words[c]);
         } else {
-          const float2 pair = unpack_pair(words[c], T{});
+          const float2 pair = unpack<T>(words[c]);
           out[2 * c] = pair.x;
           out[2 * c + 1] = pair.y;
         }
@@ -177,7 +168,7 @@ PEFT_KERNELS_DEVICE void store_largest(const DoraNorm& p, int64_t i, float (&of_
     most = fmaxf(most, fabsf(element(p.a, i * p.in_features + k)));
   }
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(kNormAllLanes, most, step));
+  for (int step = 1; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
   if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x >> 5] = most;
   __syncthreads();
   if (threadIdx.x == 0) p.most[i] = fmaxf(fmaxf(of_warp[0], of_warp[1]), fmaxf(of_warp[2], of_warp[3]));
@@ -322,7 +313,7 @@ __global__ void __launch_bounds__(kNormThreads, Weight::kCtas)
   for (int i = 0; i < 8; ++i) {
     double sum = static_cast<double>(total[i]) - static_cast<double>(lost[i]);
 #pragma unroll
-    for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(kNormAllLanes, sum, step);
+    for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     const int n = n0 + first_row + i;
     if (column_group == 0 && n < p.out_features) p.squares[int64_t{split} * p.out_features + n] = sum;
   }
@@ -334,7 +325,7 @@ inline constexpr int kFinishRows = 4;  // of a CTA, a warp each
 
 PEFT_KERNELS_DEVICE double sum_of_lanes(double v) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) v += __shfl_xor_sync(kNormAllLanes, v, step);
+  for (int step = 1; step < 32; step *= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;
 }
 

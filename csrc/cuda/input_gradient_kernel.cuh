@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
   float acc[kBytes][kTokenTiles][4] = {};
   if (first + down < last) fetch(first + down, 0);
   table.fill(threadIdx.x, S::kThreads);
-  __syncthreads();
+  if constexpr (!S::kShared) __syncthreads();
   const uint32_t copy = table.copy_of(lane);
   unsigned stage = 0;
 #pragma unroll(kTokens == 16 ? 1 : 2)
@@ -293,19 +293,15 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
     if constexpr (S::kShared) {
       __syncthreads();  // of all warps, in every turn
       if (step >= last) break;
-      if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
     } else {
-      __syncwarp();
+      __syncwarp();  // a lane's dz is its own, and needs none: codes and scales do
     }
     uint4 dz[kTokenTiles];
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       dz[j] = load_shared_16(grad_from + stage % S::kGradStages * S::kGradBytes + j * 512);
     }
-    if constexpr (!S::kShared) {
-      __syncwarp();  // all have read dz, which has one stage
-      if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
-    }
+    if (step + S::kDown < last) fetch(step + S::kDown, stage ^ 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // rows 8 t to 8 t + 3, then to 8 t + 7
       const float4 scale = my_scales[stage * (S::kScaleBytes / 16) + half];
@@ -330,7 +326,6 @@ __global__ void __launch_bounds__(InputGradientShape<kTokens>::kThreads, kTokens
       }
     }
   }
-  copy_async_wait<0>();
   __syncthreads();
   store_sums<T, S>(p, splits, acc, memory);
 }

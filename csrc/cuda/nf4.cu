@@ -1,5 +1,7 @@
 // The NF4 codec: bit for bit what csrc/cpu/kernels/nf4-inl.h computes. Both kernels are bound by memory; every byte
 // moves once, 16 at a time where pointers and the end of the array allow it.
+#include <type_traits>
+
 #include "cuda/api.h"
 #include "cuda/device/nf4.cuh"
 #include "cuda/launch.h"
@@ -10,14 +12,9 @@ namespace {
 constexpr int kWarps = 4;               // of a CTA
 constexpr int kChunk = 1024;            // weights: 32 of a thread
 constexpr int kTile = kWarps * kChunk;  // the largest blocksize
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements that a thread loads or stores at once
-
-PEFT_KERNELS_DEVICE bool aligned_to(const void* p, int bytes) {
-  return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
-}
 
 // ---- Dequantise ----------------------------------------------------------------------------------------------------
 
@@ -135,17 +132,6 @@ PEFT_KERNELS_DEVICE uint32_t nearest(float t, float midpoint_of_lane) {
   return index + (t > __shfl_sync(kAllLanes, midpoint_of_lane, index));
 }
 
-PEFT_KERNELS_DEVICE void unpack(uint32_t word, float (&out)[1], float) { out[0] = __uint_as_float(word); }
-PEFT_KERNELS_DEVICE void unpack(uint32_t word, float (&out)[2], BFloat16) {
-  out[0] = __uint_as_float(word << 16);
-  out[1] = __uint_as_float(word & 0xFFFF0000u);
-}
-PEFT_KERNELS_DEVICE void unpack(uint32_t word, float (&out)[2], Float16) {
-  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
-  out[0] = pair.x;
-  out[1] = pair.y;
-}
-
 // The blocks of a tile, one at a time by a warp, element by element: for a tile that is not whole, or pointers that are
 // not aligned.
 template <class T>
@@ -181,7 +167,7 @@ template <class T>
 __global__ void __launch_bounds__(kWarps * 32)
     quantize_kernel(const T* __restrict__ weight, int64_t count, int blocksize_log2, uint8_t* __restrict__ packed,
                     float* __restrict__ absmax) {
-  constexpr int kV = kVector<T>, kVectors = 32 / kV, kStep = 32 * kV, kOfWord = 4 / sizeof(T);
+  constexpr int kV = kVector<T>, kVectors = 32 / kV, kStep = 32 * kV;
   using Codes = std::conditional_t<sizeof(T) == 4, uint16_t, uint32_t>;  // those of a vector
   __shared__ float most_of_warp[kWarps];
   const int64_t tile = int64_t{blockIdx.x} * kTile;
@@ -197,9 +183,12 @@ __global__ void __launch_bounds__(kWarps * 32)
 
   const auto value = [&](int j, int k) {  // element k of vector j
     const uint32_t words[4] = {vector[j].x, vector[j].y, vector[j].z, vector[j].w};
-    float v[kOfWord];
-    unpack(words[k / kOfWord], v, T{});
-    return v[k % kOfWord];
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[k]);
+    } else {
+      const float2 pair = unpack<T>(words[k / 2]);
+      return k % 2 == 0 ? pair.x : pair.y;
+    }
   };
   float most[kVectors];  // max|w| of the block of each vector
 #pragma unroll

@@ -21,7 +21,8 @@ PEFT_KERNELS_DEVICE void load_any_8(const T* row, int64_t k, int64_t length, flo
 template <class X, class A, int kCountTokens, int kCountRanks>
 PEFT_KERNELS_DEVICE void add_products(const Projection& p, int64_t token0, int64_t rank0,
                                       float (&sum)[kCountTokens][kCountRanks]) {
-  const bool vectors = p.in_features % 8 == 0 && p.x_stride % 8 == 0 && aligned_16(p.x.data) && aligned_16(p.a.data);
+  const bool vectors =
+      p.in_features % 8 == 0 && p.x_stride % 8 == 0 && aligned_to(p.x.data, 16) && aligned_to(p.a.data, 16);
   const bool drops = p.dropout.seed != nullptr;
   const uint64_t seed = drops ? static_cast<uint64_t>(__ldg(p.dropout.seed)) : 0;
   const auto x_row = [&](int i) {
@@ -69,12 +70,11 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
   const int64_t rank0 = int64_t{blockIdx.x} * kCountRanks, token0 = int64_t{blockIdx.y} * kCountTokens;
   float sum[kCountTokens][kCountRanks] = {};
   add_products<X, A>(p, token0, rank0, sum);
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float& s = sum[i / kCountRanks][i % kCountRanks];
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) s += __shfl_xor_sync(0xFFFFFFFFu, s, lanes);
+    for (int lanes = 16; lanes > 0; lanes /= 2) s += __shfl_xor_sync(kAllLanes, s, lanes);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][i] = s;
   }
   __syncthreads();

@@ -35,8 +35,11 @@ def mutants(ptx: str, name: str | None = None) -> Iterator[Mutant]:
             reason = _wait_is_repeated(program, ins.index)
         elif ins.opcode in ("bar", "barrier"):
             reason = _barrier_orders_nothing(program, ins.index)
-        changed = "\n".join([*lines[: ins.line - 1], line, *lines[ins.line :]])
-        yield Mutant(f"line {ins.line}: {label} `{ins.text}`", changed, reason)
+        changed = [*lines[: ins.line - 1], line, *lines[ins.line :]]
+        if ins.opcode == "bar" and ins.has("warp"):  # without any, the emulator would not look at lanes
+            start = program.instructions[0].line - 1
+            changed[start] = f"bar.warp.sync -1; {changed[start]}"
+        yield Mutant(f"line {ins.line}: {label} `{ins.text}`", "\n".join(changed), reason)
 
 
 def weaken_all_waits(ptx: str, name: str | None = None) -> str:

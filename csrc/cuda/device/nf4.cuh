@@ -40,9 +40,10 @@ struct Opaque {
   uint32_t two16 = 65536;
 };
 
-// ---- The table of one block: its 16 weights, already rounded, as byte planes in eight registers
-// ----------------------- 16 FMUL + 8 F2FP + 8 PRMT for a block, then 3.2 instructions a weight, most on the ALU: for
-// lanes that own whole blocks.
+// ---- The table of one block --------------------------------------------------------------------------------------
+//
+// Its 16 weights, already rounded, as byte planes in eight registers. 16 FMUL + 8 F2FP + 8 PRMT for a block, then 3.2
+// instructions a weight, most on the ALU: for lanes that own whole blocks.
 template <class T>
 struct BlockTable {
   uint32_t low[4], high[4];  // low and high bytes of codes 0 to 3, 4 to 7, ...
@@ -75,10 +76,11 @@ struct BlockTable {
   }
 };
 
-// ---- The table of pairs: the two fp32 codes of every byte, in shared memory
-// --------------------------------------------- One copy for each pair of banks (32 KiB): LDS.64 is served by half
-// warps, whose lanes have a copy each, so nothing ever conflicts. 3.0 instructions a weight, half of them loads; any
-// absmax, any lane, any type.
+// ---- The table of pairs ------------------------------------------------------------------------------------------
+//
+// The two fp32 codes of every byte, in shared memory. One copy for each pair of banks (32 KiB): LDS.64 is served by
+// half warps, whose lanes have a copy each, so nothing ever conflicts. 3.0 instructions a weight, half of them loads;
+// any absmax, any lane, any type.
 struct PairTable {
   static constexpr int kBytes = 256 * 16 * 8;
   float2 entry[256][16];

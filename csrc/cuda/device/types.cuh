@@ -12,6 +12,8 @@ namespace peft_kernels::cuda {
 
 #define PEFT_KERNELS_DEVICE __device__ __forceinline__
 
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;  // of a warp
+
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
 
@@ -48,6 +50,23 @@ PEFT_KERNELS_DEVICE uint32_t pack<Float16>(float low, float high) {
   uint32_t d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
+}
+
+// Such a register's two values.
+template <class T>
+PEFT_KERNELS_DEVICE float2 unpack(uint32_t pair);
+template <>
+PEFT_KERNELS_DEVICE float2 unpack<BFloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+template <>
+PEFT_KERNELS_DEVICE float2 unpack<Float16>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+// `bytes` is a power of two.
+PEFT_KERNELS_DEVICE bool aligned_to(const void* p, int bytes) {
+  return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
 }
 
 // One element of an array whose dtype is known at run time only: for epilogues, not for loops.

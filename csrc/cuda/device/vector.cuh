@@ -7,26 +7,6 @@
 
 namespace peft_kernels::cuda {
 
-PEFT_KERNELS_DEVICE bool aligned_16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
-
-PEFT_KERNELS_DEVICE void unpack(const uint4& v, const BFloat16*, float (&out)[8]) {
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = __uint_as_float(word[i] << 16);
-    out[2 * i + 1] = __uint_as_float(word[i] & 0xFFFF0000u);
-  }
-}
-PEFT_KERNELS_DEVICE void unpack(const uint4& v, const Float16*, float (&out)[8]) {
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __half2 pair = *reinterpret_cast<const __half2*>(&word[i]);
-    out[2 * i] = __low2float(pair);
-    out[2 * i + 1] = __high2float(pair);
-  }
-}
-
 // p[0] to p[7], at a multiple of 16 bytes.
 PEFT_KERNELS_DEVICE void load_8(const float* p, float (&out)[8]) {
   const float4 low = __ldg(reinterpret_cast<const float4*>(p)), high = __ldg(reinterpret_cast<const float4*>(p) + 1);
@@ -35,12 +15,19 @@ PEFT_KERNELS_DEVICE void load_8(const float* p, float (&out)[8]) {
 }
 template <class T>
 PEFT_KERNELS_DEVICE void load_8(const T* p, float (&out)[8]) {
-  unpack(__ldg(reinterpret_cast<const uint4*>(p)), p, out);
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(word[i]);
+    out[2 * i] = pair.x;
+    out[2 * i + 1] = pair.y;
+  }
 }
 
 // The same of an array whose dtype and alignment are known at run time only: for epilogues, not for loops.
 PEFT_KERNELS_DEVICE void load_8(const Array& array, int64_t i, float (&out)[8]) {
-  if (!aligned_16(array.data)) {
+  if (!aligned_to(array.data, 16)) {
     for (int j = 0; j < 8; ++j) out[j] = element(array, i + j);
   } else if (array.dtype == DType::kFloat32) {
     load_8(static_cast<const float*>(array.data) + i, out);
