@@ -35,7 +35,7 @@ test: build ## Run the Python tests
 test-gpuless: build ## Run every GPU kernel and configuration on emulated GPUs (many minutes)
 	$(BIN)/python -m pytest tests/gpuless tests/ops -m "gpuless_full or not gpuless_full" -k "gpuless or triton"
 
-gpu-check: venv ## On a machine with an NVIDIA GPU: build for it, test, compute-sanitizer, benchmark
+gpu-check: ## On a machine with an NVIDIA GPU: build for it, test, compute-sanitizer, benchmark
 	bash tests/gpu/check.sh
 
 demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (about a minute)

@@ -92,7 +92,8 @@ def native() -> Section:
             "remedy": "unset PEFT_KERNELS_CPU_CAPABILITY",
         }
     if record.loaded:
-        return {"loaded from": str(record.path)}
+        gpus = ", ".join(f"sm_{arch}" for arch in record.cuda_architectures)
+        return {"loaded from": str(record.path), "CUDA C++ kernels for": gpus or "no GPU: built without them"}
     section = {
         "NOT LOADED": str(record.reason),
         "consequence": "every operation runs on the slow PyTorch reference",

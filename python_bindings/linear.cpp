@@ -65,7 +65,7 @@ struct CpuOperands : Operands {
     p.tokens = tokens;
     p.in_features = in_features;
     p.out_features = out_features;
-    p.x = {x_data, dtype_of("x", x.scalar_type())};
+    p.x = {x_data, dtype};
     if (nf4_weight) p.nf4 = *nf4_weight;
     p.lowrank = lowrank;
     p.column_scale = array("column_scale", column_scale);

@@ -7,12 +7,13 @@
 
 namespace peft_kernels::bindings {
 
-// Where the values of x are not read (`reads_x` is false), x may be a stand-in of any strides and is not copied.
+// Where `reads_x` is false x is left as it is, of any strides: a stand-in without values, or a caller's to copy.
 struct Operands {
   Place place;
   int64_t tokens, in_features, out_features, rank = 0;
   Tensor x;
-  const void* x_data;  // null where the values are not read
+  DType dtype;         // of x
+  const void* x_data;  // null where `reads_x` is false
   std::optional<NF4Parts> nf4;
   Tensor dense_weight;  // where nf4 is absent
   OptionalTensor lora_a, lora_b, column_scale, input_scale, seed;
@@ -27,6 +28,7 @@ struct Operands {
       : place(place_),
         out_features(out_features_),
         x(reads_x ? as_contiguous(x_) : x_),
+        dtype(dtype_of("x", x.scalar_type())),
         lora_a(as_contiguous(lora_a_)),
         lora_b(as_contiguous(lora_b_)),
         column_scale(as_contiguous(column_scale_)),
@@ -38,7 +40,7 @@ struct Operands {
     x_data = reads_x ? data_of("x", x) : nullptr;
     tokens = x.size(0);
     in_features = x.size(1);
-    check_place("x", x, place);
+    place.check("x", x);
     STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features,
                     ", ", in_features, "]");
     if (absmax) {

@@ -43,26 +43,47 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
-// Where the tensors of a binding are. A test build of the CUDA bindings runs them in an emulator, on the CPU's tensors.
-enum class Place { kCpu, kGpu };
-
-inline void check_place(const char* name, const Tensor& t, Place place) {
+// Whether a tensor is on a GPU. A test build of the CUDA bindings runs them in an emulator, on the CPU's tensors.
+inline bool on_gpu(const Tensor& t) {
 #ifdef PEFT_KERNELS_EMULATED_CUDA
-  const bool on_gpu = t.is_cpu();
+  return t.is_cpu();
 #else
-  const bool on_gpu = t.is_cuda();
+  return t.is_cuda();
 #endif
-  if (place == Place::kCpu) {
-    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
-  } else {
-    STD_TORCH_CHECK(on_gpu, name, " must be on the GPU like the op's other arguments; move it with .cuda()");
-  }
 }
+
+// Where the tensors of a call are: on the CPU, or on the GPU of one of them.
+class Place {
+ public:
+  static const Place kCpu;
+
+  static Place of(const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(on_gpu(t), name, " must be on a GPU; move it with .cuda()");
+    return Place(true, t.get_device_index());
+  }
+
+  void check(const char* name, const Tensor& t) const {
+    if (!gpu_) {
+      STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
+      return;
+    }
+    STD_TORCH_CHECK(on_gpu(t), name, " must be on the GPU like the op's other arguments; move it with .cuda()");
+    STD_TORCH_CHECK(t.get_device_index() == device_, name, " must be on GPU ", device_,
+                    " like the op's other arguments, got one on GPU ", t.get_device_index(), "; move it with .to()");
+  }
+
+ private:
+  constexpr Place(bool gpu, int32_t device) : gpu_(gpu), device_(device) {}
+
+  bool gpu_;
+  int32_t device_;  // where that is a GPU
+};
+inline constexpr Place Place::kCpu{false, 0};
 
 // `t` must be there and have exactly this shape.
 inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
                         Place place = Place::kCpu) {
-  check_place(name, t, place);
+  place.check(name, t);
   bool equal = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   std::string wanted;

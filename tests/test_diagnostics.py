@@ -47,12 +47,22 @@ def test_report_names_the_library_and_the_kernels_in_use() -> None:
     native = native_library()
     inventory = diagnostics.inventory()
     if native.loaded:
-        assert inventory["native library"] == {"loaded from": str(native.path)}
+        assert inventory["native library"]["loaded from"] == str(native.path)
         assert inventory["hardware"]["instruction set used"] == native.capability
         assert set(inventory["backends"].values()) == {f"cpu (C++ {native.capability}) for cpu tensors"}
     else:
         assert inventory["native library"]["NOT LOADED"] == native.reason
         assert set(inventory["backends"].values()) == {"reference for cpu tensors"}
+
+
+def test_report_names_the_gpus_that_the_library_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels_for(*architectures: str) -> str:
+        record = NativeLibrary(Path("_native.so"), True, None, "avx2", ("avx2",), architectures)
+        monkeypatch.setattr(diagnostics, "native_library", lambda: record)
+        return diagnostics.native()["CUDA C++ kernels for"]
+
+    assert kernels_for("80", "90a") == "sm_80, sm_90a"
+    assert kernels_for() == "no GPU: built without them"
 
 
 def test_missing_library_is_explained_with_reason_remedy_and_build_log(

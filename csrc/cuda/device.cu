@@ -17,13 +17,24 @@ const char* describe_device(Device* device) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  // A library that was built for other architectures has nothing to run here: select() then leaves all to Triton.
+  if (error != cudaSuccess) return words(error);
   cudaFuncAttributes attributes;
-  const bool runs = cudaFuncGetAttributes(&attributes, probe) == cudaSuccess;
-  if (!runs) cudaGetLastError();  // said, and not to be found by the next caller
-  device->arch = runs ? 10 * major + minor : 0;
-  return nullptr;
+  error = cudaFuncGetAttributes(&attributes, probe);
+  const char* const failure = words(error);
+  switch (error) {
+    case cudaSuccess:
+      device->arch = 10 * major + minor;
+      return nullptr;
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
+      device->arch = 0;  // the library was built for other architectures: everything is left to Triton
+      return nullptr;
+    default:
+      return failure;
+  }
 }
 
 }  // namespace peft_kernels::cuda

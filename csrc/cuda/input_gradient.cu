@@ -10,7 +10,7 @@ const char* launch(const InputGradient& p, int splits, cudaStream_t stream) {
   using S = InputGradientShape<kTokens>;
   const auto kernel = input_gradient_kernel<T, kTokens, kNested>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return words(error);
   const dim3 grid(ceil_div(p.in_features, kInputGradientColumns), static_cast<unsigned>(splits),
                   ceil_div(p.tokens, kTokens));
   kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(p, splits);

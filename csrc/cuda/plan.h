@@ -7,8 +7,10 @@
 
 namespace peft_kernels::cuda {
 
+inline constexpr int64_t kMostCtasY = 65535;  // of a grid, in y and in z
+
 struct Device {
-  int arch = 0;  // 90 for sm_90
+  int arch = 0;  // 90 for sm_90; 0 where the library has no kernels for it
   int multiprocessors = 0;
 };
 

@@ -10,8 +10,16 @@
 
 namespace peft_kernels::cuda {
 
+// Whether kernels can count what a problem has: rows and columns in 31 bits, pieces of 16 bytes of the codes in 32.
+inline bool countable(const Product& product) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 4096;  // to which a step may be added
+  const auto fits = [](int64_t size) { return size >= 1 && size <= kMost; };
+  return product.tokens >= 1 && fits(product.in_features) && fits(product.out_features) &&
+         product.in_features * product.out_features >> 37 == 0;
+}
+
 inline Plan select(const Product& product, const Device& device) {
-  if (product.tokens < 1) return {};
+  if (!countable(product)) return {};
   return product.by_input ? select_input_gradient(product, device) : select_linear(product, device);
 }
 

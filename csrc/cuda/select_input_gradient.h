@@ -33,7 +33,6 @@ inline Plan select_input_gradient(const Product& product, const Device& device) 
   }
   const bool whole_blocks =
       product.blocksize_log2 >= kInputGradientLeastBlocksizeLog2 && k % (int64_t{1} << product.blocksize_log2) == 0;
-  if (k * n >> 37 != 0) return {};  // the kernel counts 16 bytes in 32 bits
   if (product.dtype == DType::kFloat32 || !whole_blocks || m > most_tokens) return {};
   const int block = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;  // tokens of a CTA
   const int64_t columns = (k + kInputGradientColumns - 1) / kInputGradientColumns;

@@ -42,7 +42,6 @@ inline constexpr LinearTile kLinearTiles[] = {
 inline Plan select_linear(const Product& product, const Device& device) {
   const int64_t m = product.tokens, blocksize = int64_t{1} << product.blocksize_log2;
   if (device.arch < 80 || blocksize < 64 || product.in_features % blocksize != 0) return {};
-  if (product.in_features * product.out_features >> 38 != 0) return {};  // kernels count blocks in 32 bits
   if (product.dtype == DType::kFloat32) return m <= kLinearMostFp32Tokens ? Plan{Method::kGemv, 0, 1} : Plan{};
   const LinearRow* row = kLinearRows;
   while (device.arch < row->from_arch) ++row;
@@ -52,8 +51,9 @@ inline Plan select_linear(const Product& product, const Device& device) {
   double least = 0.0;
   for (const LinearTile& tile : kLinearTiles) {
     if (tile.tokens == 8 && m > 8) continue;
-    const int64_t ctas =
-        ((m + tile.tokens - 1) / tile.tokens) * ((product.out_features + tile.outputs - 1) / tile.outputs);
+    const int64_t across = (product.out_features + tile.outputs - 1) / tile.outputs;  // in y of the grid
+    if (across > kMostCtasY) continue;
+    const int64_t ctas = (m + tile.tokens - 1) / tile.tokens * across;
     const int64_t turns = (ctas + device.multiprocessors - 1) / device.multiprocessors;
     const double cycles = static_cast<double>(turns) * tile.outputs * tile.cycles;
     if (best.method == Method::kElsewhere || cycles < least) {

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels.core.gpu import on_device_of, why_no_gpu
+from peft_kernels.core.gpu import on_device, why_no_gpu
 from peft_kernels.core.library import native_library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -195,7 +195,7 @@ def _launcher(op_name: str, module: str) -> Callable[..., Any]:
 
     @_without_autocast
     def launcher(tensor: torch.Tensor, *args: Any) -> Any:
-        with on_device_of(tensor):
+        with on_device(tensor.device):
             if why_no_gpu():  # an old one: `python -m peft_kernels` says so
                 return getattr(torch.ops.peft_kernels, op_name).reference(tensor, *args)
             return getattr(importlib.import_module(module), op_name)(tensor, *args)

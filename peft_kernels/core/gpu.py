@@ -91,9 +91,9 @@ def why_no_gpu() -> str | None:
     return None
 
 
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the GPU of `tensor` the current one: kernels are launched there, on its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the current one: kernels are launched there, on its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _driver() -> Any:

@@ -51,12 +51,14 @@ class Product:
         blocksize: of the weight, a power of two.
         dtype: of x [M, K], and of the gradient [M, N].
         device: where the weight is.
+        input_scale: whether x is scaled, column by column, by a trained vector: IA3's feed-forward layers.
     """
 
     in_features: int
     blocksize: int
     dtype: torch.dtype
     device: torch.device
+    input_scale: bool = False
 
 
 def method(product: Product, tokens: int, *, backward: bool = False) -> str:

@@ -5,11 +5,13 @@ As for LoRA, every call decides anew whether the kernel computes what PEFT's own
 
 import functools
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_kernels.core.plan import Product
 from peft_kernels.functional import ia3_linear
 from peft_kernels.surgery.bitsandbytes_linear import autocast_off
 from peft_kernels.surgery.peft_common import (
@@ -77,6 +79,13 @@ class FusedIA3Linear4bit(FusedOver4bit):
         dtype = vectors[0].dtype
         reason = adapter_dtype_reason(dtype, base.compute_dtype or dtype)
         return Status(not reason, reason)
+
+    @staticmethod
+    def product(layer: Any) -> Product | None:
+        """The base layer's, of a scaled input where the layer is feed-forward."""
+        product = FusedOver4bit.product(layer)
+        scaled = bool(layer.is_feedforward) and not isinstance(find_vectors(layer), Unfit)
+        return product and replace(product, input_scale=scaled)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, fused where it can be."""

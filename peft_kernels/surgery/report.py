@@ -88,4 +88,5 @@ def _sentence(work: Work) -> Text:
     dtype = str(work.product.dtype).removeprefix("torch.")
     layers = "1 layer" if work.layers == 1 else f"{work.layers} layers"
     methods = "; ".join(f"{direction}: {plan}" for direction, plan in work.plans.items())
-    return Text(f"{layers} with K = {work.product.in_features} in {dtype}, M tokens: {methods}")
+    scaled = ", its input scaled" if work.product.input_scale else ""
+    return Text(f"{layers} with K = {work.product.in_features} in {dtype}{scaled}, M tokens: {methods}")

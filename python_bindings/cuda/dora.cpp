@@ -24,8 +24,8 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 256;  // kernels count rows and columns in 32 bits
   STD_TORCH_CHECK(problem.in_features <= kMost && out_features <= kMost,
                   "weight must be [N, K] with N, K < 2^31 - 256");
-  check_shape("lora_a", lora_a, {problem.rank, problem.in_features}, Place::kGpu);
-  check_shape("lora_b", lora_b, {out_features, problem.rank}, Place::kGpu);
+  const Place place = Place::of("lora_a", lora_a);
+  check_shape("lora_b", lora_b, {out_features, problem.rank}, place);
   check_dtype("lora_b", lora_b, lora_a.scalar_type());
   problem.a = array("lora_a", lora_a);
   problem.b = array("lora_b", lora_b);
@@ -35,15 +35,20 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   std::optional<NF4Parts> nf4;
   if (absmax) {
     nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                checked_product(out_features, problem.in_features), Place::kGpu);
+                checked_product(out_features, problem.in_features), place);
     problem.weight = gpu_weight(*nf4);
   } else {
-    check_shape("weight", weight, {out_features, problem.in_features}, Place::kGpu);
+    check_shape("weight", weight, {out_features, problem.in_features}, place);
     problem.dense = array("weight", weight);
     problem.dense_strides[0] = weight.stride(0);
     problem.dense_strides[1] = weight.stride(1);
   }
   const OnGpu gpu(lora_a);
+  if (!gpu.has_kernels()) {
+    return std::get<0>(by_triton<Tensor>("peft_kernels::dora_norm", weight, absmax, nested_absmax, nested_code,
+                                         nested_offset, nested_blocksize, blocksize, out_features, lora_a_, lora_b_,
+                                         scaling));
+  }
   const int64_t splits = cuda::norm_splits(problem.in_features, out_features, gpu.device);
   const Tensor squares = empty(lora_a, {splits, out_features}, ScalarType::Double);
   const Tensor most = empty(lora_a, {problem.rank}, ScalarType::Float);

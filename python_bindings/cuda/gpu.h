@@ -30,6 +30,9 @@ class OnGpu {
     succeeded("asking the GPU for its properties", cuda::describe_device(&device));
   }
 
+  // Whether the library was built for this GPU.
+  bool has_kernels() const { return device.arch != 0; }
+
   static void succeeded(const char* what, const char* error) {
     STD_TORCH_CHECK(error == nullptr, what, " failed: ", error);
   }
@@ -46,9 +49,9 @@ class OnGpu {
 inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A 16-bit or fp32 matrix whose rows start on 16 bytes, their elements side by side: the caller's own, or a copy.
-// Kernels count 16 bytes in 32 bits, which rows very far apart would pass.
+// Kernels count pieces of eight elements in 32 bits.
 inline Tensor with_aligned_rows(const Tensor& t) {
-  const bool rows = t.size(0) <= 1 || (t.stride(0) % 8 == 0 && t.size(0) * t.stride(0) >> 35 == 0);
+  const bool rows = t.size(0) <= 1 || (t.stride(0) % 8 == 0 && t.stride(0) <= (int64_t{1} << 35) / t.size(0));
   if (rows && t.stride(1) == 1 && aligned_16(t.const_data_ptr())) return t;
   const int64_t columns = t.size(1), padded = (columns + 7) / 8 * 8;
   Tensor whole = empty(t, {t.size(0), padded}, t.scalar_type());
@@ -78,8 +81,8 @@ std::tuple<Results...> by_triton(const char* op, const Arguments&... arguments) 
   }(std::index_sequence_for<Results...>{});
 }
 
-inline cuda::Dropout gpu_dropout(double p, const OptionalTensor& seed) {
-  if (!check_dropout(p, seed, Place::kGpu)) return {};
+inline cuda::Dropout gpu_dropout(double p, const OptionalTensor& seed, Place place) {
+  if (!check_dropout(p, seed, place)) return {};
   return {data_of<int64_t>("seed", *seed), dropout_threshold(p), dropout_scale(p)};
 }
 

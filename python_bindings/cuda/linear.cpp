@@ -22,7 +22,7 @@ Tensor projected(const Operands& in, const Tensor& x, const OnGpu& gpu) {
   problem.x = array("x", x);
   problem.x_stride = row_stride(x);
   problem.a = array("lora_a", in.lora_a);
-  problem.dropout = gpu_dropout(in.dropout_p, in.seed);
+  problem.dropout = gpu_dropout(in.dropout_p, in.seed, in.place);
   const Tensor u = empty_float(x, {in.tokens, in.rank});
   problem.u = floats(u);
   OnGpu::succeeded("the projection", cuda::project(problem, gpu.stream));
@@ -37,15 +37,13 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     double dropout_p, const OptionalTensor& seed, bool save_preactivation) {
   const Operands in(x_, weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
                     out_features, lora_a, lora_b, scaling, column_scale, input_scale, dropout_p, seed, false,
-                    Place::kGpu);
+                    Place::of("x", x_));
   const OptionalTensor bias = as_contiguous(bias_);
   in.check_vector("bias", bias, out_features);
   const OnGpu gpu(x_);
   cuda::Plan plan;
   if (in.nf4 && !in.input_scale && aligned_16(in.nf4->packed.const_data_ptr())) {
-    plan = cuda::select(
-        {false, in.tokens, in.in_features, out_features, in.nf4->blocksize_log2, dtype_of("x", in.x.scalar_type())},
-        gpu.device);
+    plan = cuda::select({false, in.tokens, in.in_features, out_features, in.nf4->blocksize_log2, in.dtype}, gpu.device);
   }
   if (plan.method == cuda::Method::kElsewhere) {
     return by_triton<Tensor, Tensor, Tensor>("peft_kernels::adapted_linear", x_, weight, absmax, nested_absmax,
@@ -85,36 +83,37 @@ Tensor nf4_linear_backward_input(const Tensor& grad_, const Tensor& weight, cons
                                  const OptionalTensor& lora_a_, const OptionalTensor& input_scale_, double dropout_p,
                                  const OptionalTensor& seed) {
   STD_TORCH_CHECK(grad_.dim() == 2, "grad must be [M, N], got ", shape_of(grad_));
-  check_place("grad", grad_, Place::kGpu);
+  const Place place = Place::of("grad", grad_);
+  const DType dtype = dtype_of("grad", grad_.scalar_type());
   const int64_t tokens = grad_.size(0), out_features = grad_.size(1);
   STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features, ", ",
                   in_features, "]");
   const NF4Parts nf4(weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                     checked_product(out_features, in_features), Place::kGpu);
+                     checked_product(out_features, in_features), place);
   const OptionalTensor column_scale = as_contiguous(column_scale_), input_scale = as_contiguous(input_scale_);
   const OptionalTensor du = as_contiguous(du_), lora_a = as_contiguous(lora_a_);
   const auto check = [&](const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape) {
     if (!t) return;
-    check_shape(name, *t, shape, Place::kGpu);
+    check_shape(name, *t, shape, place);
     if (t->scalar_type() != ScalarType::Float) check_dtype(name, *t, grad_.scalar_type());
   };
   check("column_scale", column_scale, {out_features});
   check("input_scale", input_scale, {in_features});
   STD_TORCH_CHECK(du.has_value() == lora_a.has_value(), "du and lora_a must be given together");
-  const int64_t rank = du && du->dim() == 2 ? du->size(1) : 0;
+  int64_t rank = 0;
   if (du) {
-    check_shape("du", *du, {tokens, rank}, Place::kGpu);
-    check_dtype("du", *du, ScalarType::Float);
+    STD_TORCH_CHECK(lora_a->dim() == 2, "lora_a must be [r, K], got ", shape_of(*lora_a));
+    rank = lora_a->size(0);
     check("lora_a", lora_a, {rank, in_features});
+    check_shape("du", *du, {tokens, rank}, place);
+    check_dtype("du", *du, ScalarType::Float);
   }
-  check_dropout(dropout_p, seed, Place::kGpu);
+  check_dropout(dropout_p, seed, place);
 
   const OnGpu gpu(grad_);
   cuda::Plan plan;
   if (aligned_16(nf4.packed.const_data_ptr())) {
-    plan = cuda::select(
-        {true, tokens, in_features, out_features, nf4.blocksize_log2, dtype_of("grad", grad_.scalar_type())},
-        gpu.device);
+    plan = cuda::select({true, tokens, in_features, out_features, nf4.blocksize_log2, dtype}, gpu.device);
   }
   if (plan.method == cuda::Method::kElsewhere) {
     return std::get<0>(by_triton<Tensor>("peft_kernels::nf4_linear_backward_input", grad_, weight, absmax,
@@ -135,7 +134,7 @@ Tensor nf4_linear_backward_input(const Tensor& grad_, const Tensor& weight, cons
   problem.column_scale = array("column_scale", column_scale);
   if (du) problem.du = data_of<float>("du", *du);
   problem.lora_a = array("lora_a", lora_a);
-  problem.dropout = gpu_dropout(dropout_p, seed);
+  problem.dropout = gpu_dropout(dropout_p, seed, place);
   problem.input_scale = array("input_scale", input_scale);
   if (plan.splits > 1) problem.partials = floats(partials);
   problem.dx = output(dx);

@@ -8,14 +8,15 @@ namespace {
 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight_, int64_t blocksize) {
   const int log2 = blocksize_log2("blocksize", blocksize);
-  check_place("weight", weight_, Place::kGpu);
+  Place::of("weight", weight_);
   const Tensor weight = as_contiguous(weight_);
   const int64_t count = weight.numel();
+  const OnGpu gpu(weight);
+  if (!gpu.has_kernels()) return by_triton<Tensor, Tensor>("peft_kernels::nf4_quantize", weight, blocksize);
   Tensor packed = empty(weight, {(count + 1) / 2}, ScalarType::Byte);
   Tensor absmax = empty(weight, {(count + blocksize - 1) / blocksize}, ScalarType::Float);
   const Array from = array("weight", weight);
   if (count == 0) return {packed, absmax};
-  const OnGpu gpu(weight);
   OnGpu::succeeded("nf4_quantize",
                    cuda::nf4_quantize(from, count, log2, static_cast<uint8_t*>(packed.mutable_data_ptr()),
                                       static_cast<float*>(absmax.mutable_data_ptr()), gpu.stream));
@@ -28,11 +29,15 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Optional
   int64_t count = 1;
   for (const int64_t size : shape) count = checked_product(count, size);
   const NF4Parts nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize, count,
-                     Place::kGpu);
+                     Place::of("packed weight", packed));
   dtype_of("dtype", dtype);  // checked before memory is allocated
+  const OnGpu gpu(nf4.packed);
+  if (!gpu.has_kernels()) {
+    return std::get<0>(by_triton<Tensor>("peft_kernels::nf4_dequantize", packed, absmax, nested_absmax, nested_code,
+                                         nested_offset, nested_blocksize, blocksize, shape, dtype));
+  }
   Tensor out = empty(nf4.packed, shape, dtype);
   if (count == 0) return out;
-  const OnGpu gpu(nf4.packed);
   OnGpu::succeeded("nf4_dequantize", cuda::nf4_dequantize(gpu_weight(nf4), count, output(out), gpu.stream));
   return out;
 }

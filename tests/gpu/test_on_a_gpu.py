@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run every test on Triton's kernels, and on CUDA C++ ones with Triton's for the rest."""
     if request.param == "cuda" and not has_cuda_kernels():
-        pytest.skip("the native library was built without CUDA C++ kernels (PEFT_KERNELS_CUDA=1 make build)")
+        pytest.skip("the native library was built without CUDA C++ kernels: make gpu-check builds them")
     with pk.use_backend(request.param):
         yield
 

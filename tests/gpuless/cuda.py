@@ -79,7 +79,7 @@ class _Device(ctypes.Structure):
     )
     allow_shared_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("arch", "multiprocessors", "shared_memory")),
+        *((name, ctypes.c_int32) for name in ("arch", "multiprocessors", "shared_memory", "code_error")),
         ("launch", launch_type),
         ("allow_shared", allow_shared_type),
     )
@@ -113,7 +113,7 @@ class EmulatedCuda(TorchDispatchMode):
         self._failure: BaseException | None = None  # what the emulator raised
         arch = int(triton.arch)
         self.device = _Device(
-            *(arch, triton.multiprocessors, MODELS[arch].shared_memory),
+            *(arch, triton.multiprocessors, MODELS[arch].shared_memory, _SUCCESS),
             _Device.launch_type(self._guarded(self._launch)),
             _Device.allow_shared_type(self._guarded(self._allow_shared)),
         )

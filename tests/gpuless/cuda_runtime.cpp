@@ -12,6 +12,7 @@ namespace {
 // The emulated device; cuda.py has the same struct.
 struct Device {
   int32_t arch, multiprocessors, shared_memory;  // 90 for sm_90; bytes of shared memory that one CTA may have
+  int32_t code_error;                            // of a library that has no code for it; else 0
   cudaError_t (*launch)(const char* kernel, const uint32_t* grid_and_block, size_t shared, void** arguments,
                         int on_current_stream);
   cudaError_t (*allow_shared)(const char* kernel, int bytes);
@@ -124,10 +125,11 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   return remember(device->allow_shared(kernel->second, value));
 }
 
-// Whether there is code for this device is what callers ask: there is.
+// Whether there is code for this device is what callers ask.
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   if (device == nullptr) return remember(cudaErrorNoDevice);
   if (kernels().count(function) == 0) return remember(cudaErrorInvalidDeviceFunction);
+  if (device->code_error != cudaSuccess) return remember(static_cast<cudaError_t>(device->code_error));
   *attributes = {};
   attributes->binaryVersion = device->arch;
   return cudaSuccess;
@@ -173,6 +175,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDeviceFunction:
       return "invalid device function";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
     case cudaErrorNoDevice:
       return "no CUDA-capable device is detected";
     case cudaErrorLaunchOutOfResources:

@@ -53,6 +53,7 @@ THEIRS = {
     "gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 32, 64, 128>": "up to 32",
     "gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 64, 64, 128>": "up to 64",
 }
+OPS = torch.ops.peft_kernels
 THEIR_LIBRARY = Path(bitsandbytes.__file__).with_name("libbitsandbytes_cuda130.so")
 
 
@@ -80,11 +81,9 @@ class Problem:
         x = torch.randn(m, n if self.backward else k, dtype=self.dtype)
         with cuda(arch, execute=execute, counts=execute) as gpu:
             if self.backward:
-                op = torch.ops.peft_kernels.nf4_linear_backward_input.cuda
-                op(x, *base, k, None, None, None, None, 0.0, None)
+                OPS.nf4_linear_backward_input.cuda(x, *base, k, None, None, None, None, 0.0, None)
             else:
-                op = torch.ops.peft_kernels.adapted_linear.cuda
-                op(x, *base, n, None, None, 1.0, None, None, None, 0.0, None, False)
+                OPS.adapted_linear.cuda(x, *base, n, None, None, 1.0, None, None, None, 0.0, None, False)
         return gpu.launches
 
 
@@ -160,16 +159,16 @@ def hot_body(code: Sequence[sass.Instruction]) -> list[sass.Instruction]:
     return [each for block in blocks if not cold(block) for each in block]
 
 
-def our_cost(code: Sequence[sass.Instruction], tokens: int) -> Cost | None:
+def our_cost(code: Sequence[sass.Instruction], tokens: int) -> Cost:
     """Of a kernel whose tile has so many tokens: each HMMA has 8 weights of a lane, for 8 tokens.
 
-    In fp32 each look-up in the table of pairs has two. None for a kernel that adds up what others computed.
+    In fp32 each look-up in the table of pairs has two.
     """
     body = hot_body(code)
     products = sum(each.opcode.startswith("HMMA.16816") for each in body)
     pairs = sum(each.opcode.startswith("LDS.64") for each in body)
     weights = 8 * products / max(1, tokens // 8) if products else 2 * pairs
-    return Cost.of(body, weights, wide_load=8) if weights else None
+    return Cost.of(body, weights, wide_load=8)
 
 
 def their_costs() -> dict[str, Cost]:
@@ -206,17 +205,38 @@ def tile_tokens(name: str) -> int:
 
 
 def shipped(target: int) -> Iterator[Shipped]:
-    """Every kernel that is launched for the problems, once."""
-    sources, seen = toolchain.Sources.of_the_project(), set()
-    for problem in PROBLEMS:
-        for launch in problem.launches(EMULATED.get(target, target)):
-            if launch.name not in seen:
-                seen.add(launch.name)
-                cubin = toolchain.cubin(toolchain.source_of(launch.name, sources), target)
-                needs = {"threads": launch.block[0], "dynamic_shared": launch.shared, "kernel": launch.name}
-                tokens = tile_tokens(launch.shown)
+    """Every kernel that is launched for the problems, and those of the codec, of u and of norms, once."""
+    sources, seen, arch = toolchain.Sources.of_the_project(), set(), EMULATED.get(target, target)
+    launches = [launch for problem in PROBLEMS for launch in problem.launches(arch)]
+    for launch in (*launches, *other_launches(arch)):
+        if launch.name not in seen:
+            seen.add(launch.name)
+            cubin = toolchain.cubin(toolchain.source_of(launch.name, sources), target)
+            needs = {"threads": launch.block[0], "dynamic_shared": launch.shared, "kernel": launch.name}
+            tokens, cost = tile_tokens(launch.shown), None
+            if launch.shown.startswith(("linear_", "input_gradient_kernel")):
                 cost = our_cost(sass.disassemble(cubin)[launch.name], tokens)
-                yield Shipped(launch.shown, target, tokens, cubin_budget(cubin, target, **needs), cost)
+            yield Shipped(launch.shown, target, tokens, cubin_budget(cubin, target, **needs), cost)
+
+
+def other_launches(arch: int) -> list[CudaLaunch]:
+    """bf16 beside fp32 adapters, r = 16, 4096 inputs and outputs, one token and 64."""
+    n = k = 4096
+    weight = torch.empty(n, k, dtype=torch.bfloat16)
+    bases = [
+        pk.functional.nf4_quantize(torch.randn(n, k), 64, double_quant=d).base_weight() for d in (False, True)
+    ]
+    a, b = torch.empty(16, k), torch.empty(n, 16)
+    with cuda(arch, execute=False) as gpu:
+        OPS.nf4_quantize.cuda(weight, 64)
+        OPS.dora_norm.cuda(weight, *(None,) * 4, 0, 0, n, a, b, 1.0)
+        for base in bases:
+            OPS.nf4_dequantize.cuda(*base, (n, k), torch.bfloat16)
+            OPS.dora_norm.cuda(*base, n, a, b, 1.0)
+        for tokens in (1, 64):
+            x = torch.empty(tokens, k, dtype=torch.bfloat16)
+            OPS.adapted_linear.cuda(x, *bases[0], n, a, b, 1.0, None, None, None, 0.0, None, False)
+    return gpu.launches
 
 
 def budget_table(found: Sequence[Shipped]) -> str:

@@ -16,9 +16,8 @@ TESTS = Path(__file__).parents[1]
 FOLDERS = [str(TESTS / folder) for folder in ("ops", "nn", "surgery")]
 # Left out is what takes long and calls no kernel in another way than the rest: how ops look to torch, graphs;
 # and what runs on emulated GPUs.
-SELECTED = (
-    "native or not (reference or compile or opcheck or gradcheck or instruction_sets or triton or gpus)"
-)
+LEFT_OUT = "reference or compile or opcheck or gradcheck or instruction_sets or triton or cuda or gpus"
+SELECTED = f"native or not ({LEFT_OUT})"
 OTHERS = sorted({*native_library().capabilities_found} - {native_library().capability or ""})
 USE = """
 import torch

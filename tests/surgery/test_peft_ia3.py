@@ -248,6 +248,16 @@ def test_4bit_states(state: str) -> None:
     assert torch.equal(layer(fused)(x), layer(stock)(x))
 
 
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_explain_knows_which_layers_scale_their_input(feedforward: bool) -> None:
+    size = 64 if feedforward else 32
+    model = nn.Sequential(make_stock("nf4", nn.Linear(64, 32), feedforward, [torch.ones(size)]))
+    replace_layers(model, strict=True)
+    (work,) = explain(model).works
+    assert work.product.input_scale == feedforward
+    assert (", its input scaled" in str(explain(model))) == feedforward
+
+
 def test_transposed_base() -> None:
     config = IA3Config(target_modules=["0"], feedforward_modules=[], fan_in_fan_out=True)
     stock, fused = pair(get_peft_model(nn.Sequential(Conv1D(128, 64)), config))

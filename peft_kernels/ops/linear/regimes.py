@@ -4,10 +4,10 @@ import torch
 
 from peft_kernels.core import plan
 from peft_kernels.core.backend import backend_of
-from peft_kernels.core.gpu import GPU, gpu
+from peft_kernels.core.gpu import GPU, gpu, on_device
 from peft_kernels.ops.linear import triton_plan
 
-CUDA_METHODS = (None, "gemv", "matmul")  # as csrc/cuda/select.h counts them
+CUDA_METHODS = (None, "gemv", "matmul")  # as csrc/cuda/plan.h counts them
 CUDA_METHOD_WORDS = {
     "gemv": "CUDA C++, decoded straight into the sums of a GEMV",
     "matmul": "CUDA C++, decoded straight into tensor cores",
@@ -24,15 +24,21 @@ def plans(product: plan.Product) -> dict[str, plan.Plan]:
     backend = backend_of("adapted_linear", product.device)
     if backend not in ("triton", "cuda"):
         return plan.plans(product)
-    device, tokens = gpu(), range(1, plan.MOST_TOKENS + 1)
-    # How many outputs there are decides on splits, not on the method: take one.
+    if product.dtype not in plan.NATIVE_DTYPES:
+        return {}
+    if product.input_scale:  # x l_in, and dl_in beside dx, are Triton's: python_bindings/cuda, cuda.py
+        backend = "triton"
+    # How many outputs there are decides on tiles and splits, not on the method, up to millions: take one.
     shapes = [
-        triton_plan.Product(m, 1, product.in_features, product.blocksize, product.dtype) for m in tokens
+        triton_plan.Product(m, 1, product.in_features, product.blocksize, product.dtype)
+        for m in range(1, plan.MOST_TOKENS + 1)
     ]
-    return {
-        "forward": plan.plan_of([method(s, device, backend, backward=False) for s in shapes]),
-        "input gradient": plan.plan_of([method(s, device, backend, backward=True) for s in shapes]),
-    }
+    with on_device(product.device):
+        device = gpu()
+        return {
+            "forward": plan.plan_of([method(s, device, backend, backward=False) for s in shapes]),
+            "input gradient": plan.plan_of([method(s, device, backend, backward=True) for s in shapes]),
+        }
 
 
 def method(product: triton_plan.Product, device: GPU, backend: str, *, backward: bool) -> str:

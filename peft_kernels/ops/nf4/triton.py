@@ -128,7 +128,8 @@ def quantize_kernel(
     weight = tl.load(weight_ptr + element, mask=element < n, other=0.0).to(tl.float32)
     weight = tl.reshape(weight, (blocks, BLOCKSIZE))
     absmax = tl.reduce(tl.abs(weight), 1, _larger)  # [blocks]
-    divisor = _larger(absmax, _TINY)
+    tiny = tl.full((blocks,), _TINY, tl.float32)  # as a constant fp64 to Triton 3.6: subnormal
+    divisor = _larger(absmax, tiny)
     scaled = weight * tl.div_rn(1.0, divisor)[:, None]
     block = first // BLOCKSIZE + tl.arange(0, blocks)
     if first + TILE > n:  # perhaps a partial block, which divides, and stores what it divided by

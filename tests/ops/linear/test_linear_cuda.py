@@ -308,6 +308,19 @@ def test_explain_says_what_is_launched(cuda_gpu: Any) -> None:
                 assert native == ("CUDA C++" in regime.method), (m, regime)
 
 
+def test_explain_knows_that_a_scaled_input_is_triton_s(cuda_gpu: Any) -> None:
+    plans = regimes.plans(plan.Product(128, 64, torch.bfloat16, torch.device("cpu"), input_scale=True))
+    problem = make(3, 34, 128, parts=("input_scale",))
+    cuda_gpu.launches.clear()
+    problem.run_with_gradients()
+    assert cuda_gpu.launches == []
+    assert all("CUDA C++" not in str(each) for each in plans.values())
+
+
+def test_explain_has_nothing_to_say_of_the_reference(cuda_gpu: Any) -> None:
+    assert regimes.plans(plan.Product(128, 64, torch.float64, torch.device("cpu"))) == {}
+
+
 def test_backend_of_names_it(cuda_gpu: Any) -> None:
     assert backend_of("adapted_linear", "cpu") == "cuda"
     assert backend_of("philox_dropout", "cpu") == "triton"
