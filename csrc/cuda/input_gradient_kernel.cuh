@@ -182,12 +182,6 @@ PEFT_KERNELS_DEVICE const void* piece_of(const void* p, uint32_t number) {
   return q;
 }
 
-// A value that the compiler shall keep, not compute again in every turn of a loop.
-PEFT_KERNELS_DEVICE uint32_t keep(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 // CTAs of a multiprocessor, of eight warps each. Shared memory of 100 KiB holds one; accumulators of 128 registers
 // leave room for one.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)

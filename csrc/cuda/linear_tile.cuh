@@ -16,14 +16,6 @@ constexpr int kBlock = 64;       // weights that a lane decodes with one table
 constexpr int kChunkBlocks = 4;  // of a row
 constexpr int kTileRows = 16;
 
-// A pointer that is a value in registers from here on: one multiplication then adds an index to it, where the compiler
-// would add up the parts that it is made of each time.
-template <class P>
-PEFT_KERNELS_DEVICE P* keep(P* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
-}
-
 // absmax of lanes' blocks in kRows rows: loaded early, as memory has them, and decoded when needed.
 template <int kRows, bool kNested>
 class Scales {

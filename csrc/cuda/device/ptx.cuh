@@ -96,4 +96,16 @@ PEFT_KERNELS_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A value that is kept in registers from here on. A compiler that sees what a pointer or number is made of may add it
+// up again wherever it is used, in every turn of a loop.
+template <class P>
+PEFT_KERNELS_DEVICE P* keep(P* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+PEFT_KERNELS_DEVICE uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace peft_kernels::cuda
