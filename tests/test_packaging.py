@@ -203,7 +203,7 @@ def test_the_library_with_cuda_kernels_serves_a_torch_without(
         op = torch.ops.peft_kernels.nf4_quantize
         assert str(op.cuda._schema).replace(".cuda", "") == str(op.default._schema)
         assert not torch.cuda.is_available()
-        with pytest.raises(RuntimeError, match="weight must be on the GPU"):
+        with pytest.raises(RuntimeError, match="weight must be on a GPU"):
             op.cuda(torch.ones(4, 64), 64)
         print(pk.__file__)
     """
