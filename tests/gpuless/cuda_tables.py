@@ -25,7 +25,7 @@ import peft_kernels as pk
 from gpuless import sass, toolchain
 from gpuless.cuda import CudaLaunch, cuda, demangled
 from gpuless.static import Budget, cubin_budget
-from gpuless.tables import DOCUMENT, FEWEST_CTAS, target_name, with_section
+from gpuless.tables import FEWEST_CTAS, conclude, target_name
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 EMULATED = {100: 90}  # whose launches stand for those of an architecture that is not emulated
@@ -360,22 +360,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [each for target in TARGETS for each in shipped(target)]
     traffic = [moved(problem, 90) for problem in MEASURED]
     wrong = faults(found, traffic)
-    text = new = DOCUMENT.read_text()
     contents = {
         "cuda budgets": budget_table(found),
         "cuda costs": cost_table(found, their_costs()),
         "cuda bytes": bytes_table(traffic),
     }
-    for name, content in contents.items():
-        new = with_section(new, name, content)
-        print(f"{name}:\n{content}\n")
-    if options.check and new != text:
-        wrong.append("docs/gpu.md is not what the code is: run `make gpu-report`")
-    elif not options.check:
-        DOCUMENT.write_text(new)
-    for sentence in wrong:
-        print(f"error: {sentence}", file=sys.stderr)
-    return 1 if wrong else 0
+    return conclude(contents, wrong, check=options.check)
 
 
 if __name__ == "__main__":

@@ -166,25 +166,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     moved = wavefront_tables.transactions()
     wrong = faults(found) + too_many_bytes(executed) + wavefront_tables.too_many(moved)
     wrong += [f"{name} has no Triton kernel" for name in missing()]
-    text = new = DOCUMENT.read_text()
     contents = {
         "budgets": budget_table(found),
         "transactions": wavefront_tables.table(moved),
         "bytes": bytes_table(executed),
         "predicted": predicted_table(executed),
     }
+    return conclude(contents, wrong, check=options.check)
+
+
+def conclude(contents: Mapping[str, str], wrong: Iterable[str], *, check: bool) -> int:
+    """Print tables and what is wrong, write docs/gpu.md or `check` it; returns the exit status."""
+    sentences = list(wrong)
+    text = new = DOCUMENT.read_text()
     for name, content in contents.items():
         new = with_section(new, name, content)
         print(f"{name}:\n{content}\n")
-    if options.check and new != text:
-        wrong.append("docs/gpu.md is not what the code is: run `make gpu-report`")
-    elif not options.check:
+    if check and new != text:
+        sentences.append("docs/gpu.md is not what the code is: run `make gpu-report`")
+    elif not check:
         DOCUMENT.write_text(new)
-    return _conclude(wrong)
-
-
-def _conclude(wrong: Iterable[str]) -> int:
-    sentences = list(wrong)
     for sentence in sentences:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if sentences else 0

@@ -186,9 +186,7 @@ def check_adapted_linear(args: ForwardArgs) -> None:
     if args.dropout_p > 0.0:
         if args.lora_a is None:
             raise ValueError(f"dropout_p must be 0 without lora_a and lora_b, got {args.dropout_p}")
-        if args.seed is None:
-            raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
-        check_seed(args.seed, "x", x)
+        _check_seed(args.seed, "x", x)
 
 
 def check_adapted_linear_backward(args: BackwardArgs) -> None:
@@ -237,9 +235,7 @@ def check_nf4_linear_backward_input(args: InputGradientArgs) -> None:
         check_dtype("du", args.du, (accumulate_dtype(grad.dtype),))
     check_probability("dropout_p", args.dropout_p)
     if args.dropout_p > 0.0:
-        if args.seed is None:
-            raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
-        check_seed(args.seed, "grad", grad)
+        _check_seed(args.seed, "grad", grad)
 
 
 def check_activation(activation: str | None) -> None:
@@ -290,6 +286,12 @@ def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tens
     elif lora_a is not lora_b:
         missing = "lora_a" if lora_a is None else "lora_b"
         raise ValueError(f"lora_a and lora_b must be given together, got no {missing}")
+
+
+def _check_seed(seed: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    if seed is None:
+        raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
+    check_seed(seed, like_name, like)
 
 
 def _check_vector(name: str, vector: torch.Tensor | None, letters: str, size: int, x: torch.Tensor) -> None:
