@@ -183,6 +183,19 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         assert re.findall(r" [WV] .*", symbols) == [], path.name
 
 
+def run_installed(program: str, installed: Path, folder: Path) -> None:
+    """Run a program that prints `pk.__file__`, with the package that lies in `installed`."""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
+
+
 def test_the_library_with_cuda_kernels_serves_a_torch_without(
     nvcc: str, checkout: Path, installed: Path, tmp_path: Path
 ) -> None:
@@ -207,15 +220,7 @@ def test_the_library_with_cuda_kernels_serves_a_torch_without(
             op.cuda(torch.ones(4, 64), 64)
         print(pk.__file__)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
+    run_installed(program, installed, tmp_path)
 
 
 def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
@@ -300,15 +305,7 @@ def test_without_a_compiler_it_installs_says_so_once_and_runs_on_the_reference(
         assert torch.equal(y, torch.full((2, 4), 64.0)), y
         print(pk.__file__)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
+    run_installed(program, installed, tmp_path)
 
 
 def test_a_required_library_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:

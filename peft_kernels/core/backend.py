@@ -55,7 +55,7 @@ def serve_gpus() -> None:
         return
     overloads = ("cuda", "triton") if native_library().cuda_architectures else ("triton",)
     for op_name in op_names():
-        found = [o for o in overloads if _has_kernel(f"{op_name}.{o}", "CompositeExplicitAutograd")]
+        found = [o for o in overloads if _has_overload(op_name, o)]
         if found and not _has_kernel(op_name, "CUDA"):
             launcher = getattr(getattr(torch.ops.peft_kernels, op_name), found[0])
             torch.library.impl(f"peft_kernels::{op_name}", "CUDA", launcher)
@@ -148,7 +148,7 @@ def resolve(op_name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     elif forced in ("triton", "cuda"):
         # What the CUDA C++ kernels do not serve at all, Triton's do.
         kernels = ("cuda", "triton") if forced == "cuda" else ("triton",)
-        found = [k for k in kernels if _has_kernel(f"{op_name}.{k}", "CompositeExplicitAutograd")]
+        found = [k for k in kernels if _has_overload(op_name, k)]
         if not found:
             raise RuntimeError(
                 f"backend {forced!r} is forced, but {op_name} has no {forced.title()} kernel: "
@@ -172,7 +172,7 @@ def backend_of(op_name: str, device: torch.device | str) -> str:
         return forced
     if forced == "cuda" or (device_type == "cuda" and has_kernel and not why_no_gpu()):
         native_gpu = forced == "cuda" or native.cuda_architectures
-        in_cpp = native_gpu and _has_kernel(f"{op_name}.cuda", "CompositeExplicitAutograd")
+        in_cpp = native_gpu and _has_overload(op_name, "cuda")
         return "cuda" if in_cpp else "triton"
     if device_type == "cpu" and has_kernel and native.loaded:
         return f"cpu (C++ {native.capability or 'unusable'})"
@@ -184,6 +184,11 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(
         "peft_kernels_cuda::plan", "CompositeExplicitAutograd"
     )
+
+
+def _has_overload(op_name: str, overload: str) -> bool:
+    """Whether "cuda" or "triton" kernels of an op are registered."""
+    return _has_kernel(f"{op_name}.{overload}", "CompositeExplicitAutograd")
 
 
 def _has_kernel(overload: str, key: str) -> bool:
