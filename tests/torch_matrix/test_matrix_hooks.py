@@ -1,6 +1,7 @@
 """Hooks fire as on the stock model; parametrized or pruned weights are left to it, with a reason."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,8 @@ def test_a_parametrized_layer_that_was_replaced(base: str) -> None:
         parametrize.register_parametrization(where, target, Twice())
     assert_close(fused(inputs()), stock(inputs()))
     assert_close(copy.deepcopy(fused)(inputs()), stock(inputs()))
+    with pytest.raises(RuntimeError, match=r"parametrized modules is only supported through state_dict"):
+        pickle.dumps(fused if base == "nf4" else fused.base_layer)  # torch's own refusal
     restore_layers(fused)
     assert type(fused).__mro__[1:] == type(stock).__mro__[1:]  # the first is torch's, of each layer its own
     assert torch.equal(fused(inputs()), stock(inputs()))

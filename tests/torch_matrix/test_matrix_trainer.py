@@ -37,8 +37,8 @@ def test_trainer(tmp_path: Path) -> None:
     """20 steps: the loss falls, each is the stock model's, and the saved adapter loads into a stock model.
 
     How far training spreads rounding errors is measured: beside them trains a stock model whose adapters
-    differ from the start by a unit in the last place. Each of our 36 layers rounds otherwise at each step: as
-    random signs that adds up to sqrt(36 * 20) = 27 such differences, and to 5 times as many at most.
+    differ from the start by a unit in the last place. Each of our 37 layers rounds otherwise at each step: as
+    random signs that adds up to sqrt(37 * 20) = 27 such differences, and to 5 times as many at most.
     """
     words, tokenizer = load_words()[: STEPS * BATCH], Tokenizer()
     stock = without_dropout(add_lora(load_encoder(0), 0))
