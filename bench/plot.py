@@ -45,10 +45,10 @@ def save_plot(curves: Sequence[Curve], title: str, path: Path) -> None:
             "markersize": 3,
             "label": label,
         }
-        tokens = [point.m for point in curve.points]
+        tokens = [point.size for point in curve.points]
         times.plot(tokens, [point.ms.median for point in curve.points], **look)
         shares.plot(tokens, [point.roofline_percent for point in curve.points], **look)
-    ticks = sorted({point.m for curve in curves for point in curve.points})
+    ticks = sorted({point.size for curve in curves for point in curve.points})
     for axes, quantity in ((times, "ms per call"), (shares, "% of the roofline")):
         axes.set(xscale="log", xlabel="tokens M", ylabel=quantity)
         axes.set_xticks(ticks, labels=map(str, ticks), rotation=90, fontsize="small")
