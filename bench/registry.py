@@ -5,7 +5,7 @@ To add a family: write `cases_<family>.py` with a `FAMILY` and name it here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from . import (
@@ -47,11 +47,12 @@ def select(suite: str, families: Collection[str] = tuple(FAMILIES), pattern: str
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite}")
-    return [
-        case
-        for case in CASES
-        if case.family in families and suite in case.suites and fnmatchcase(case.name, pattern)
-    ]
+    return matching([case for case in CASES if suite in case.suites], families, pattern)
+
+
+def matching(cases: Iterable[Case], families: Collection[str], pattern: str) -> list[Case]:
+    """Those of some families whose name matches the glob `pattern`."""
+    return [case for case in cases if case.family in families and fnmatchcase(case.name, pattern)]
 
 
 def default_baselines(suite: str) -> list[str]:
