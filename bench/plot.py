@@ -20,12 +20,23 @@ def check_plot(path: Path) -> None:
     Raises:
         ValueError: there is no matplotlib, or no such folder, or the file's name ends in none of `FORMATS`.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'peft_kernels[bench]'")
+    check_matplotlib("--plot")
     if path.suffix not in FORMATS:
         raise ValueError(f"--plot must end in one of {', '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"--plot must be in a folder that exists, got {path}")
+
+
+def check_matplotlib(option: str) -> None:
+    """Refuse an option that needs it where there is no matplotlib.
+
+    Raises:
+        ValueError: how to get it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            f"{option} needs matplotlib, which is not installed: pip install 'peft_kernels[bench]'"
+        )
 
 
 def save_plot(curves: Sequence[Curve], title: str, path: Path) -> None:

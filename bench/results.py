@@ -150,6 +150,7 @@ class Settings:
     fail_sweep: bool
     seed: int
     device: str
+    command: str
 
 
 @dataclass(frozen=True)
