@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -73,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """What is asked for.
+def settings_of(options: argparse.Namespace, arguments: Sequence[str]) -> Settings:
+    """What is asked for by options, parsed from the arguments of the command.
 
     Raises:
         ValueError: which option is wrong, and what it must be.
@@ -102,6 +103,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         fail_sweep=options.fail_sweep,
         seed=options.seed,
         device=options.device,
+        command=shlex.join(["python", "-m", "peft_kernels.bench", *arguments]),
     )
 
 
