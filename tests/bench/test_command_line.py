@@ -194,9 +194,8 @@ def test_files_without_a_name_go_to_one_folder(pretended, monkeypatch, tmp_path,
     assert main(["--suite", "sweep", "--filter", "*/forward/M[134]-*/float32", *files]) == 0
     written = sorted(path.name for path in (tmp_path / "bench-output").iterdir())
     assert written == [
-        "memory.png", "ratios.png", "report.html", "results.csv", "results.json", "roofline-1.png",
-        "scaling-m.png", "table.md",
-    ]  # fmt: skip
+        *("ratios.png", "report.html", "results.csv", "results.json", "scaling-m.png", "table.md")
+    ]
     out = capsys.readouterr().out
     assert all(f"written: bench-output/{name}" in out for name in written)
     assert "nf4_linear/forward/M4" in (tmp_path / "bench-output" / "results.csv").read_text()
