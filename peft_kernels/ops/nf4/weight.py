@@ -12,7 +12,7 @@ import torch
 from peft_kernels.core.backend import resolve
 from peft_kernels.core.checks import check_tensor
 from peft_kernels.ops.nf4.reference import nf4_code
-from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_format
+from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_dense_dtype, check_nf4_format
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -116,9 +116,9 @@ class NF4Weight:
         Raises:
             ValueError: `dtype` is another one.
         """
-        weight: torch.Tensor = resolve("nf4_dequantize", self.packed)(
-            *self.base_weight(), self.shape, self.dtype if dtype is None else dtype
-        )
+        dtype = self.dtype if dtype is None else dtype
+        check_dense_dtype(dtype)
+        weight: torch.Tensor = resolve("nf4_dequantize", self.packed)(*self.base_weight(), self.shape, dtype)
         return weight
 
     def to(self, device: torch.device | str | int) -> "NF4Weight":
