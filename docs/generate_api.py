@@ -132,7 +132,7 @@ def signature(name: str, thing: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             words.append("*")
             keyword_only = True
-        star = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        star = {"VAR_KEYWORD": "**", "VAR_POSITIONAL": "*"}.get(parameter.kind.name, "")
         keyword_only |= star == "*"
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         words.append(f"{star}{parameter.name}: {_type(parameter.annotation)}{default}")
