@@ -13,10 +13,8 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        base = nn.Linear(64, 64)
-        self.attention = pk.nn.LoRALinear.from_linear(
-            pk.nn.NF4Linear.from_linear(base), r=4, lora_dropout=0.1
-        )
+        base = pk.nn.NF4Linear.from_linear(nn.Linear(64, 64))
+        self.attention = pk.nn.LoRALinear.from_linear(base, r=4, lora_dropout=0.1)
         self.value = pk.nn.IA3Linear(64, 64)
         self.output = pk.nn.DoRALinear(64, 64, r=4, use_rslora=True)
         self.adapter = pk.nn.BottleneckAdapter.pfeiffer(64, dropout=0.1)

@@ -14,7 +14,7 @@ pk.nn.LoRALinear(64, 32, r="8")  # error: arg-type
 pk.nn.NF4Linear.from_linear(torch.randn(32, 64))  # error: arg-type
 pk.replace_layers(torch.nn.Linear(1, 1), only=3)  # error: arg-type
 pk.replace_layers(torch.nn.Linear(1, 1), "q_proj")  # error: call-arg
-pk.explain(torch.nn.Linear(1, 1)).no_such_attribute  # error: attr-defined
+_ = pk.explain(torch.nn.Linear(1, 1)).no_such_attribute  # error: attr-defined
 pk.optim.loraplus_param_groups(torch.nn.Linear(1, 1), lr=1e-4)  # error: call-arg
 w.shape = (1, 1)  # error: misc
 pk.io.load_adapterhub(3)  # error: arg-type
