@@ -20,7 +20,7 @@ OURS = {"bash", "make", "pip", "pytest", "python"}
 
 
 class _ParsedError(Exception):
-    """The arguments were understood; the program itself is not wanted."""
+    """The arguments were understood, and are what it carries; the program itself is not wanted."""
 
 
 def commands(page: str) -> list[str]:
@@ -110,8 +110,7 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(parser: argparse.ArgumentParser, *rest: object) -> None:
-        parse(parser, *rest)  # type: ignore[arg-type]
-        raise _ParsedError
+        raise _ParsedError(parse(parser, *rest))  # type: ignore[arg-type]
 
     def fail(parser: argparse.ArgumentParser, message: str) -> None:
         raise ValueError(message)
@@ -127,11 +126,22 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
                 runpy.run_path(str(program), run_name="__main__")
             else:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
-        except _ParsedError:
-            return ""
+        except _ParsedError as parsed:
+            return _selects_cases(parsed.args[0]) if program == "peft_kernels.bench" else ""
         except ValueError as error:
             return str(error)
     return f"{program} did not look at its arguments"
+
+
+def _selects_cases(options: argparse.Namespace) -> str:
+    """Whether the benchmark's options go together and select anything."""
+    from peft_kernels.bench.options import cases_of, settings_of
+
+    try:
+        cases_of(options, settings_of(options))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _check_pytest(arguments: list[str]) -> str:

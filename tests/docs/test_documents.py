@@ -18,7 +18,7 @@ from pages import ROOT, blocks, inline, pages, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 # Blocks of code that are shown and not run, by page. A new one has to be argued for here as well.
-NOT_RUN: dict[str, int] = {}
+NOT_RUN = {"docs/performance.md": 1}
 # What programs write or users have: not in the tree.
 NOT_IN_THE_TREE = {
     *("adapter.safetensors", "adapter_config.json", "adapter_model.safetensors", "pytorch_adapter.bin"),
@@ -80,6 +80,7 @@ def test_commands_that_are_wrong_are_noticed():
     wrong = {
         "make no-such-target": "no make target no-such-target",
         "python -m peft_kernels.bench --suite enormous": "invalid choice: 'enormous'",
+        "python -m peft_kernels.bench --filter 'no-such-case'": "matches no-such-case",
         "python -m peft_kernels.bench --no-such-option": "unrecognized arguments: --no-such-option",
         "python -m peft_kernels.no_such_module": "no module peft_kernels.no_such_module",
         "python examples/demo.py --quickly": "unrecognized arguments: --quickly",
