@@ -45,7 +45,12 @@ class Work:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """All layers surgery knows of, in the model's order. Its text is a table, in a notebook too."""
+    """All layers surgery knows of, in the model's order. Its text is a table, in a notebook too.
+
+    Attributes:
+        rows: a row for each layer; a report is iterated over by them.
+        works: what computes the products of the fused layers with their NF4 weights.
+    """
 
     rows: tuple[Row, ...]
     works: tuple[Work, ...] = ()
