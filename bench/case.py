@@ -56,6 +56,7 @@ class Case:
     dropout: float = 0.0
     suites: tuple[str, ...] = ("full",)
     against: tuple[str, ...] = ()  # the baselines that its suite asks for; empty: all that apply
+    label: str = ""  # of whole models: which one
 
     @property
     def name(self) -> str:
@@ -66,6 +67,7 @@ class Case:
         parts += [self.weight] if self.weight != "none" else []
         parts += [self.dtype]
         parts += [f"p{self.dropout}"] if self.dropout else []
+        parts += [self.label.replace(" ", "-")] if self.family == "model" else []
         return "/".join(parts)
 
     @property
