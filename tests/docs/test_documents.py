@@ -22,7 +22,8 @@ NOT_RUN = {"docs/performance.md": 1}
 # What programs write or users have: not in the tree.
 NOT_IN_THE_TREE = {
     *("adapter.safetensors", "adapter_config.json", "adapter_model.safetensors", "pytorch_adapter.bin"),
-    *("bench-cuda.md", "full.json", "limits.json", "out.json", "sweep.png"),
+    *("bench-cuda.md", "full.json", "limits.json", "new.json", "old.json", "out.json", "sweep.png"),
+    *("memory.png", "ratios.png", "ratios-1.png", "roofline-1.png", "scaling-m.png", "scaling-r.png"),
     *("demo-output/", "demo-output/methods.png", "loss.png", "methods.json", "methods.png"),
     *("build/gpuless/", "build/cuda", "_native_build_failure.txt", "_native.so"),
     "cuda_occupancy.h",  # of the CUDA toolkit
