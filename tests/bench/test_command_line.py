@@ -127,7 +127,7 @@ def test_limits_runs_one_and_two_threads_and_ends_with_its_table(pretended, tmp_
     assert line.split()[3:] == ["dense", "2.00x", "2.00x", "2.30x", "3.00x", "6", "of", "6", "no"]
     settings = read_json(path).settings
     assert settings.threads == [1, 2]
-    assert settings.command.startswith("python -m peft_kernels.bench --suite smoke --filter 'nf4_linear/*'")
+    assert settings.command.startswith("python -m peft_kernels.bench --suite limits --filter '*M16-*' --json ")
 
 
 def test_suites_that_ask_about_ours_measure_only_our_scratch(pretended):
