@@ -12,7 +12,7 @@ from . import registry
 from .case import BASELINES, TUNED_SUFFIX, Case
 from .machine import usable_processors
 from .outputs import add_output_options, check_output_options
-from .presets import DIRECTIONS, DTYPES, FULL, MODELS, QUICK, preset_cases
+from .presets import DIRECTIONS, DTYPES, FULL, MODELS, PRESET_SUITES, QUICK, preset_cases
 from .results import Settings
 from .suites import LIMITS_THREADS, ROWS
 
@@ -26,8 +26,6 @@ DEFAULT_SECONDS = {
     "gpu": 1.0,
 }
 QUICK_PASSES = 3  # the suite that CI compares with an older run
-PRESET_SUITES = {"quick": QUICK, "full": FULL}
-
 T = TypeVar("T")
 
 

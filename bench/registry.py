@@ -15,10 +15,11 @@ from . import (
     cases_ia3,
     cases_int8,
     cases_linear,
+    cases_model,
     cases_nf4,
     suites,
 )
-from .case import BASELINES, GPU_BASELINES, OWN_VARIANTS, Case, Family, Prepared
+from .case import BASELINES, GPU_BASELINES, OWN_VARIANTS, TUNED_SUFFIX, Case, Family, Prepared
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         cases_ia3.FAMILY,
         cases_adapter.FAMILY,
         cases_dropout.FAMILY,
+        cases_model.FAMILY,
     )
 }
 SUITES = ("smoke", "quick", "full", "sweep", *suites.ROWS, "gpu")
@@ -58,12 +60,16 @@ def matching(cases: Iterable[Case], families: Collection[str], pattern: str) -> 
 def default_baselines(suite: str) -> list[str]:
     """What a suite measures against unless told otherwise.
 
-    All baselines; torch.compile, which takes seconds a case, and variants of ours only in the full suite. A
-    sweep compares ours with itself at other M; `limits` and `methods` name what ours is to be compared with,
-    and so does `gpu`, case by case.
+    All baselines; torch.compile and tuned allocators, which take seconds a case, and variants of ours only in
+    the full suite. A sweep compares ours with itself at other M; `limits` and `methods` name what ours is to
+    be compared with, and so does `gpu`, case by case.
     """
     everywhere = tuple(name for name in BASELINES if name not in GPU_BASELINES)
-    usual = tuple(name for name in everywhere if name not in ("compile", *OWN_VARIANTS))
+    usual = tuple(
+        name
+        for name in everywhere
+        if name not in ("compile", *OWN_VARIANTS) and not name.endswith(TUNED_SUFFIX)
+    )
     if suite in suites.ROWS:
         return list(suites.figures_against(suite))
     return list({"full": everywhere, "sweep": ("dense",), "gpu": suites.GPU_AGAINST}.get(suite, usual))

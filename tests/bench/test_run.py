@@ -266,7 +266,10 @@ def test_a_pass_without_enough_rounds_spoils_no_other():
     assert result.status == "measured"
     assert result.measurement.ms.median == pytest.approx(10.0)
     assert (result.measurement.rounds, result.measurement.dropped) == (8, 8)
-    assert rate(result, [bad, bad], WORK).reason == "0 of 8 rounds undisturbed, 6 needed"
+    assert rate(result, [bad, bad], WORK).reason == "0 of 16 rounds undisturbed, 6 needed"
+    few = passes_of({OURS: rounds([0.01] * 4)}, threads=1)[OURS]
+    assert rate(result, [few], WORK).status == "noisy"
+    assert rate(result, [few, few], WORK).measurement.rounds == 8  # enough together
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -304,14 +307,16 @@ def test_limits_measures_what_has_a_figure_and_no_more():
 def test_only_the_full_suite_compiles_and_takes_ours_apart():
     everywhere = set(BASELINES) - set(GPU_BASELINES)
     assert set(default_baselines("full")) == everywhere
-    assert everywhere - set(default_baselines("quick")) == {"compile", *OWN_VARIANTS}
+    costly = {"compile", "bitsandbytes" + TUNED_SUFFIX, "peft" + TUNED_SUFFIX}
+    assert everywhere - set(default_baselines("quick")) == costly | set(OWN_VARIANTS)
 
 
 def test_selection():
     assert {case.family for case in select("full", ["dropout"])} == {"dropout"}
     assert all("M64-" in case.name for case in select("full", pattern="*M64-*"))
     with pytest.raises(
-        ValueError, match="family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion"
+        ValueError,
+        match="family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, model, got fusion",
     ):
         select("full", ["fusion"])
     with pytest.raises(
