@@ -4,6 +4,7 @@
                      `# SomeError: message` must raise that (`…` stands for anything)
 <!-- run             set-up that runs in its place on the page, and that readers do not see
 code -->
+<!-- own process: why -->   anywhere: the page runs in an interpreter of its own
 <!-- not run: why -->   before a ```python block, which is then compiled, not run
 ```sh                commands, checked by `commands.py`; so are `commands` in running text
 """
