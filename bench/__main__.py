@@ -29,9 +29,10 @@ from .worker import Workers
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     command_line = parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = command_line.parse_args(arguments)
     try:
-        settings = settings_of(options)
+        settings = settings_of(options, arguments)
         cases = cases_of(options, settings)
         old = old_run(options)
     except (OSError, ValueError) as error:

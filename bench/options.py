@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from . import registry
 from .case import BASELINES, TUNED_SUFFIX, Case
 from .machine import usable_processors
 from .outputs import add_output_options, check_output_options
-from .presets import DIRECTIONS, DTYPES, FULL, MODELS, QUICK, preset_cases
+from .presets import DIRECTIONS, DTYPES, FULL, MODELS, PRESET_SUITES, QUICK, preset_cases
 from .results import Settings
 from .suites import LIMITS_THREADS, ROWS
 
@@ -25,8 +26,6 @@ DEFAULT_SECONDS = {
     "gpu": 1.0,
 }
 QUICK_PASSES = 3  # the suite that CI compares with an older run
-PRESET_SUITES = {"quick": QUICK, "full": FULL}
-
 T = TypeVar("T")
 
 
@@ -75,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """What is asked for.
+def settings_of(options: argparse.Namespace, arguments: Sequence[str]) -> Settings:
+    """What is asked for by options, parsed from the arguments of the command.
 
     Raises:
         ValueError: which option is wrong, and what it must be.
@@ -104,6 +103,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         fail_sweep=options.fail_sweep,
         seed=options.seed,
         device=options.device,
+        command=shlex.join(["python", "-m", "peft_kernels.bench", *arguments]),
     )
 
 

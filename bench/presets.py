@@ -100,6 +100,7 @@ class Grid:
 
 QUICK = Grid((1, 64), ("float32",), DIRECTIONS, (16,))
 FULL = Grid((1, 16, 64, 512, 2048), ("float32", "bfloat16"), DIRECTIONS, (16,))
+PRESET_SUITES = {"quick": QUICK, "full": FULL}
 
 
 def preset_cases(names: Sequence[str], grid: Grid, suite: str) -> list[Case]:

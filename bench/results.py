@@ -116,10 +116,26 @@ class CaseResult:
     clock: str
     seconds: float
 
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte that the problem needs; 0 where FLOPs are not counted."""
+        return self.flops / (self.read_bytes + self.write_bytes)
+
+    @property
+    def gflop_s(self) -> float | None:
+        """Speed of ours; None without one, or where FLOPs are not counted."""
+        ours = self.contestants[0].measurement
+        return ours.gflop_s if ours else None
+
+    @property
+    def title(self) -> str:
+        """The case and its thread count."""
+        return f"{self.name}, {self.threads} thread{'s' if self.threads != 1 else ''}"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for."""
+    """What was asked for; `command` is how, and what else was asked for with it."""
 
     suite: str
     families: list[str]
@@ -134,6 +150,7 @@ class Settings:
     fail_sweep: bool
     seed: int
     device: str
+    command: str
 
 
 @dataclass(frozen=True)

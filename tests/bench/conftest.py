@@ -50,7 +50,8 @@ def report():
         1.5,
     )
     settings = Settings(
-        "smoke", ["linear"], "*", ["eager", "bitsandbytes"], [], [1], 1, 0.2, 0.95, None, False, 0, "cpu"
+        *("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [], [1], 1, 0.2, 0.95, None, False, 0, "cpu"),
+        "python -m peft_kernels.bench --suite smoke",
     )
     roofline = Roofline(1, 11.0, 7.0, {"float32": 150.0})
     created = "2026-01-01T00:00:00+00:00"
@@ -80,6 +81,23 @@ def result_of(report):
         )
 
     return result_of
+
+
+@pytest.fixture
+def with_flops():
+    """Gives every contestant of a result the GFLOP/s that its milliseconds and the case's FLOPs come to."""
+
+    def rated(each, flops):
+        if each.measurement is None:
+            return each
+        speed = dataclasses.replace(each.measurement, gflop_s=flops / (each.measurement.ms.median * 1e6))
+        return dataclasses.replace(each, measurement=speed)
+
+    def with_flops(result):
+        contestants = [rated(each, result.flops) for each in result.contestants]
+        return dataclasses.replace(result, contestants=contestants)
+
+    return with_flops
 
 
 @pytest.fixture
