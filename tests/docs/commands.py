@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from pages import ROOT, blocks, inline
+from pages import ROOT, SHELLS, blocks, inline
 
 # Programs of others, in commands whose arguments mean nothing to us.
 OTHERS = {"apt-get", "cd", "cmake", "docker", "export", "gh", "git", "nvidia-smi", "source", "torchrun", "uv"}
@@ -28,9 +28,9 @@ def commands(page: str) -> list[str]:
     """Every command of a page: in ```sh blocks, in indented ones, and between backticks."""
     found = []
     for block in blocks(page):
-        if block.language in ("", "sh"):
+        if block.language in ("", *SHELLS):
             lines = block.code.replace("\\\n", " ").splitlines()
-            found += [line for line in lines if block.language == "sh" or _is_ours(line)]
+            found += [line for line in lines if block.language in SHELLS or _is_ours(line)]
     found += [token.content for token in inline(page) if token.type == "code_inline"]
     return [command for command in found if _is_ours(command) or program(command) in OTHERS]
 
@@ -40,7 +40,7 @@ def unknown_programs(page: str) -> list[str]:
     lines = [
         line
         for block in blocks(page)
-        if block.language == "sh"
+        if block.language in SHELLS
         for line in block.code.replace("\\\n", " ").splitlines()
     ]
     known = OURS | OTHERS | {""}

@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
+SHELLS = ("sh", "bash")  # languages of fences with commands
 _HIDDEN = re.compile(r"<!-- run\n(.*?)-->", re.S)
 _NOT_RUN = re.compile(r"<!-- not run: (.*?) -->", re.S)
 _ERROR = re.compile(r"# (?P<kind>[A-Z]\w*(?:Error|Warning)): (?P<message>.*)")
