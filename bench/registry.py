@@ -15,6 +15,7 @@ from . import (
     cases_ia3,
     cases_int8,
     cases_linear,
+    cases_model,
     cases_nf4,
     suites,
 )
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         cases_ia3.FAMILY,
         cases_adapter.FAMILY,
         cases_dropout.FAMILY,
+        cases_model.FAMILY,
     )
 }
 SUITES = ("smoke", "quick", "full", "sweep", *suites.ROWS, "gpu")

@@ -22,7 +22,7 @@ LEGEND = (
     "ratio = baseline time / our time, median of paired rounds [95 % band]; * gates --fail-below; "
     "GB/s and % roof count the bytes the problem needs, not those a contestant moves; "
     "faults = pages that a call is given anew, for its results or for more; "
-    "scratch = peak memory of a call beyond its results; "
+    "scratch = peak memory of a call beyond its results, peak (whole models) = with them; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
 TABLE_WIDTH = 132  # a narrower terminal wraps lines, which loses nothing
@@ -30,6 +30,7 @@ _HEADINGS = (
     *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
     *("faults", "scratch", "saved", "error", "rounds"),
 )
+_MODEL_HEADINGS = {"GB/s": "tokens/s", "scratch": "peak"}  # of whole models
 
 
 def make_console() -> Console:
@@ -67,12 +68,13 @@ def case_view(result: CaseResult) -> Group:
         title += f", {CHECKED_TOKENS} tokens checked"
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True, min_width=22)
+    renamed = _MODEL_HEADINGS if result.case.family == "model" else {}
     for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(renamed.get(heading, heading), justify="right", no_wrap=True)
     notes = []
     for contestant in result.contestants:
         if contestant.measurement:
-            table.add_row(*_contestant_row(contestant, contestant.measurement))
+            table.add_row(*_contestant_row(result.case, contestant, contestant.measurement))
         else:
             notes.append(_note(contestant))
     return Group(title, table, *notes, "")
@@ -206,7 +208,9 @@ def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> l
         f"±{100 * measurement.ms.half_width:.1f}%",
         f"{ratio.median:.2f}x" if ratio else "",
         escape(f"[{ratio.low:.2f}, {ratio.high:.2f}]") if ratio else "",
-        f"{measurement.gb_s:.2f}",
+        f"{1e3 * case.m / measurement.ms.median:.1f}"
+        if case.family == "model"
+        else f"{measurement.gb_s:.2f}",
         "-" if measurement.gflop_s is None else f"{measurement.gflop_s:.1f}",
         f"{measurement.roofline_percent:.0f}",
         f"{measurement.page_faults:.0f}",

@@ -315,7 +315,8 @@ def test_selection():
     assert {case.family for case in select("full", ["dropout"])} == {"dropout"}
     assert all("M64-" in case.name for case in select("full", pattern="*M64-*"))
     with pytest.raises(
-        ValueError, match="family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion"
+        ValueError,
+        match="family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, model, got fusion",
     ):
         select("full", ["fusion"])
     with pytest.raises(
