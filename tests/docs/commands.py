@@ -108,7 +108,8 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
     source = Path(spec.origin if spec is not None and spec.origin else program).read_text(encoding="utf-8")
     if "parse_args(" not in source:
         return f"{program} takes no arguments, got {arguments}" if arguments else ""
-    if program == "peft_kernels.bench" and "--compare" not in arguments:
+    placeholder = any(re.fullmatch("[A-Z]{2,}", word) for word in arguments)
+    if program == "peft_kernels.bench" and "--compare" not in arguments and not placeholder:
         arguments = [*arguments, "--list"]  # which tells whether the options go together and select a case
     parse = argparse.ArgumentParser.parse_args
 
