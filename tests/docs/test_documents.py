@@ -121,10 +121,11 @@ def test_every_page_can_be_reached_from_the_readme():
     while new:
         page = new.pop()
         reached.add(page)
-        targets = [str(token.attrs.get("href", "")) for token in inline(page) if token.type == "link_open"]
-        files = [(ROOT / page).parent / target.partition("#")[0] for target in targets if ":" not in target]
+        links = [str(token.attrs.get("href", "")) for token in inline(page) if token.type == "link_open"]
+        files = [(ROOT / page).parent / link.partition("#")[0] for link in links if ":" not in link]
         named = [str(file.resolve().relative_to(ROOT)) for file in files if file.suffix == ".md"]
-        new |= {name for name in named if name not in reached}
+        named += [token.content for token in inline(page) if token.type == "code_inline"]
+        new |= {name for name in named if name in pages() and name not in reached}
     assert set(pages()) - reached == set()
 
 
