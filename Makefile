@@ -14,7 +14,7 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build cuda test test-gpuless gpu-report gpu-check demo demo-methods bench lint types format cpp-test wheel sdist clean FORCE
+.PHONY: help venv build api cuda test test-gpuless gpu-report gpu-check demo demo-methods bench lint types format cpp-test wheel sdist clean FORCE
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +44,11 @@ demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (a
 demo-methods: build ## Fine-tune it in seven ways, IA3 to DoRA: accuracy, time, memory of each (minutes)
 	$(BIN)/python examples/demo_methods.py
 
-bench: build ## Measure every kernel against its baselines (quick suite)
-	$(BIN)/python -m peft_kernels.bench --suite quick
+bench: build ## Measure every kernel against its baselines; JSON, CSV, HTML and plots in bench-output/
+	$(BIN)/python -m peft_kernels.bench --suite quick --json --csv --html --plots $(BENCH_OPTIONS)
+
+api: venv ## Write the API reference, docs/api, from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
 	cd tests && ../$(BIN)/python -m gpuless.tables && ../$(BIN)/python -m gpuless.cuda_tables
