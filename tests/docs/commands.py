@@ -138,7 +138,7 @@ def _selects_cases(options: argparse.Namespace) -> str:
     from peft_kernels.bench.options import cases_of, settings_of
 
     try:
-        cases_of(options, settings_of(options))
+        cases_of(options, settings_of(options, ()))
     except ValueError as error:
         return str(error)
     return ""
