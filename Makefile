@@ -44,8 +44,8 @@ demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (a
 demo-methods: build ## Fine-tune it in seven ways, IA3 to DoRA: accuracy, time, memory of each (minutes)
 	$(BIN)/python examples/demo_methods.py
 
-bench: build ## Measure every kernel against its baselines (quick suite)
-	$(BIN)/python -m peft_kernels.bench --suite quick
+bench: build ## Measure every kernel against its baselines; JSON, CSV, HTML and plots in bench-output/
+	$(BIN)/python -m peft_kernels.bench --suite quick --json --csv --html --plots $(BENCH_OPTIONS)
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
 	cd tests && ../$(BIN)/python -m gpuless.tables && ../$(BIN)/python -m gpuless.cuda_tables

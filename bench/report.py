@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .case import GATE_BASELINES, OURS, Case
+from .compare import Change, Comparison, judge_regressions
 from .gate import Verdict, judge
 from .limits import Line
 from .machine import Machine
@@ -24,11 +25,17 @@ LEGEND = (
     "scratch = peak memory of a call beyond its results, peak (whole models) = with them; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
+TABLE_WIDTH = 132  # a narrower terminal wraps lines, which loses nothing
 _HEADINGS = (
     *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
     *("faults", "scratch", "saved", "error", "rounds"),
 )
 _MODEL_HEADINGS = {"GB/s": "tokens/s", "scratch": "peak"}  # of whole models
+
+
+def make_console() -> Console:
+    """A console that is wide enough for the tables."""
+    return Console(width=max(Console().width, TABLE_WIDTH))
 
 
 def machine_table(machine: Machine, rooflines: list[Roofline]) -> Table:
@@ -153,10 +160,40 @@ def print_sweep(console: Console, verdicts: Sequence[Verdict]) -> None:
             console.print("\n".join(texts), markup=False, highlight=False)
 
 
+def print_comparison(console: Console, comparison: Comparison, threshold: float | None) -> None:
+    """What has changed since an older run, and whether that is too much."""
+    changes = comparison.changes
+    console.print(f"[bold]Against the run of {comparison.old}[/bold]")
+    for change in sorted(changes, key=lambda change: -change.time.median):
+        if change.verdict != "same":
+            console.print(_change_text(change))
+    same = sum(change.verdict == "same" for change in changes)
+    console.print(f"{same} of {len(changes)} cases take the same time within their noise bands")
+    for what, names in (
+        ("not comparable", comparison.differences),
+        ("too noisy to compare", comparison.unjudged),
+        ("only in this run", comparison.added),
+        ("only in the old run", comparison.removed),
+    ):
+        for name in names:
+            console.print(f"{what}: {name}", markup=False, highlight=False)
+    if threshold is not None:
+        slow = [verdict for verdict in judge_regressions(comparison, threshold) if verdict.kind == "slow"]
+        if slow:
+            console.print(f"[bold red]{len(slow)} slower by more than {threshold:.0%}[/bold red]")
+        elif changes:
+            console.print(f"[green]none slower by more than {threshold:.0%} beyond noise[/green]")
+
+
 def print_header(console: Console, report: Report) -> None:
     """Machine, limits and legend."""
     console.print(machine_table(report.machine, report.rooflines))
     console.print(f"[dim]{escape(LEGEND)}[/dim]\n")
+
+
+def _change_text(change: Change) -> Text:
+    colour = {"slower": "red", "faster": "green", "same": ""}[change.verdict]
+    return Text(f"  {change.verdict}: {change.title}: {change.sentence}", style=colour)
 
 
 def _contestant_row(case: Case, contestant: ContestantResult, measurement: Measurement) -> list[str]:

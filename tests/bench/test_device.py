@@ -289,7 +289,7 @@ def test_a_run_writes_its_table(monkeypatch, tmp_path, capsys, result_of):
     monkeypatch.setattr(command_line, "describe_gpu", lambda: "Fake 1, sm_90, driver 555")
     monkeypatch.setattr(command_line, "measure_gpu_roofline", lambda dtypes, gpu: Roofline(1, 3e3, 3e3, {}))
     monkeypatch.setattr(
-        CaseRunner, "run", lambda self, case, threads: result_of(case, threads, eager=2.0, peft=None)
+        CaseRunner, "run", lambda self, case, threads, earlier: result_of(case, threads, eager=2.0, peft=None)
     )
     assert main(["--device", "cuda", "--filter", "nf4_linear/forward/M1-*", "--json", "out.json"]) == 0
     table = (tmp_path / "bench-cuda.md").read_text()
