@@ -103,9 +103,11 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
     To count before there is a model, make it on the meta device, which takes no memory:
 
-        with torch.device("meta"):
-            model = peft.get_peft_model(LlamaForCausalLM(config), lora_config)
-        print(pk.trainable_parameters(model))
+        >>> with torch.device("meta"):
+        ...     layers = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 11008))
+        ...     model = peft.get_peft_model(layers, peft.LoraConfig(r=16, target_modules=["0", "1"]))
+        >>> pk.trainable_parameters(model).trainable
+        372736
 
     Args:
         model: any module, of PEFT, adapters, `pk.nn` or none of them.

@@ -70,7 +70,14 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Give every fused layer of `model` its stock class back, in place."""
+    """Give every fused layer of `model` its stock class back, in place; trained weights are kept.
+
+    Args:
+        model: any module; one without fused layers is left as it is.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
     check_module("model", model, "pass the loaded model itself")
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
@@ -83,6 +90,15 @@ def explain(model: nn.Module) -> Report:
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
     stock forward because of its input, the row says so. Below the layers: which methods compute the products
     with their NF4 weights on this machine, by number of tokens.
+
+    Args:
+        model: any module, before or after `replace_layers`.
+
+    Returns:
+        A row for each PEFT, adapters or bitsandbytes layer. `print` it.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     check_module("model", model, "pass the loaded model itself")
     rows, products = [], Counter[Product]()

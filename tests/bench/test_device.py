@@ -289,7 +289,7 @@ def test_a_run_writes_its_table(monkeypatch, tmp_path, capsys, result_of):
     monkeypatch.setattr(command_line, "describe_gpu", lambda: "Fake 1, sm_90, driver 555")
     monkeypatch.setattr(command_line, "measure_gpu_roofline", lambda dtypes, gpu: Roofline(1, 3e3, 3e3, {}))
     monkeypatch.setattr(
-        CaseRunner, "run", lambda self, case, threads: result_of(case, threads, eager=2.0, peft=None)
+        CaseRunner, "run", lambda self, case, threads, earlier: result_of(case, threads, eager=2.0, peft=None)
     )
     assert main(["--device", "cuda", "--filter", "nf4_linear/forward/M1-*", "--json", "out.json"]) == 0
     table = (tmp_path / "bench-cuda.md").read_text()
@@ -343,7 +343,9 @@ def test_every_family_is_in_the_suite_and_has_something_to_compare_with():
     assert 1 <= len(compiled) <= 20  # tens of seconds each: the suite has ten minutes
 
 
-@pytest.mark.parametrize("case", select("gpu"), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in select("gpu") if case.family != "model"], ids=lambda case: case.name
+)
 def test_production_cases_are_built_on_the_default_device(case):
     """As they will be on a GPU; on `meta` nothing is allocated, and what stayed on the CPU shows."""
     with torch.device("meta"):
