@@ -133,7 +133,7 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-COMPUTED = "lora_A: its weight is computed, by torch.nn.utils.parametrize"
+COMPUTED = "lora_A: its parameters are computed, by torch.nn.utils.parametrize"
 CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "parametrize": (lambda m: parametrize.register_parametrization(m, "weight", Twice()), COMPUTED),
     "weight_norm": (parametrizations.weight_norm, COMPUTED),
