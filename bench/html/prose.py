@@ -102,7 +102,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("measured", report.created),
         ("baselines", ", ".join(settings.baselines)),
         ("models", ", ".join(settings.presets)),
-        ("time a case", f"at most {settings.max_seconds:g} s, {settings.passes} pass(es)"),
+        ("time a case", f"at most {settings.max_seconds:g} s; passes: {settings.passes}"),
     ]
     return [(term, words) for term, words in found if words]
 

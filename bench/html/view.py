@@ -18,10 +18,9 @@ from ..sweep import Over, curves, judge_sweep
 from . import prose
 from .axis import Axis, log_axis
 from .charts import by_problem, curve_charts, family_mark, roofline_chart
-from .words import problem_words
+from .words import MODEL, problem_words
 
 SCRATCH_RESOLUTION = 1 << 18  # bytes that are not told apart: docs/benchmarks.md, "scratch"
-_MODEL = "model"  # the family that is counted in tokens a second and in peak memory
 _WIDE, _NARROW = (960.0, 470.0), (380.0, 380.0)
 
 
@@ -36,7 +35,7 @@ class Family:
     @property
     def is_model(self) -> bool:
         """Whether its cases are whole models, whose speed is tokens a second."""
-        return self.name == _MODEL
+        return self.name == MODEL
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class View:
     def families(self) -> list[Family]:
         """In the order of the report, whole models first."""
         names = dict.fromkeys(result.case.family for result in self.report.cases)
-        order = sorted(names, key=lambda name: name != _MODEL)
+        order = sorted(names, key=lambda name: name != MODEL)
         return [
             Family(
                 name, Markup(family_mark(i)), {a: r for a, r in self.cases.items() if r.case.family == name}
@@ -223,11 +222,11 @@ class View:
 
     @property
     def regressions(self) -> list[Verdict]:
-        """What fails --fail-regression, if that was asked for."""
+        """The cases that --fail-regression fails for, if that was asked for."""
         threshold = self.report.settings.fail_regression
-        return (
-            judge_regressions(self.comparison, threshold) if self.comparison and threshold is not None else []
-        )
+        if self.comparison is None or threshold is None:
+            return []
+        return [each for each in judge_regressions(self.comparison, threshold) if each.kind == "slow"]
 
     @property
     def breaks(self) -> list[Verdict]:
@@ -282,8 +281,8 @@ class View:
     @cached_property
     def memory(self) -> list[Matrix]:
         """Scratch of a call and bytes saved for backward, of whole models the peak."""
-        models = [result for result in self.report.cases if result.case.family == _MODEL]
-        others = [result for result in self.report.cases if result.case.family != _MODEL]
+        models = [result for result in self.report.cases if result.case.family == MODEL]
+        others = [result for result in self.report.cases if result.case.family != MODEL]
         return self._matrices(
             ("Peak memory of a call, whole models", models, "scratch_bytes", SCRATCH_RESOLUTION),
             (

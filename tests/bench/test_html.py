@@ -342,24 +342,27 @@ def test_whole_models_have_tokens_a_second_and_peak_memory(result_of, report_of)
 def test_the_comparison_has_what_became_slower_first(report):
     changes = [
         Change("unchanged", 1, Band(1.0, 0.98, 1.02), "eager", "same"),
-        Change("better", 1, Band(0.8, 0.7, 0.9), None, "faster"),
+        Change("better", 1, Band(0.8, 0.7, 0.9), "peft", "faster"),
         Change("worse", 2, Band(1.2, 1.15, 1.25), "eager", "slower"),
     ]
-    comparison = Comparison("2026-01-01", ["cpu was A, is B"], changes, ["noisy"], ["new"], ["gone"])
-    settings = dataclasses.replace(report.settings, fail_regression=0.1)
-    words = section(dataclasses.replace(report, settings=settings), "comparison", comparison)
-    assert words.index("worse, 2 threads ▼ slower 1.20× 1.15–1.25 eager") < words.index("better")
-    assert words.index("better, 1 thread ▲ faster 0.80×") < words.index("unchanged, 1 thread same")
-    assert "milliseconds" in words
-    for part in (
-        "cpu was A, is B",
-        "Too noisy to compare noisy",
-        "Only in this run new",
-        "Only in the old run gone",
+    comparison = Comparison("2026-01-01", [], changes, ["noisy"], ["new"], ["gone"])
+    for threshold, sentence in (
+        (0.1, "1 case is slower by more than 10 % beyond noise."),
+        (0.25, "No case is slower by more than 25 % beyond noise."),
     ):
-        assert part in words
-    assert "Slower by more than 10 %, or not judged: not comparable: cpu was A" in words
+        settings = dataclasses.replace(report.settings, fail_regression=threshold)
+        words = section(dataclasses.replace(report, settings=settings), "comparison", comparison)
+        assert sentence in words
+    assert words.index("worse, 2 threads ▼ slower 1.20× eager 1.15–1.25") < words.index("better")
+    assert words.index("better, 1 thread ▲ faster 0.80× peft") < words.index("unchanged, 1 thread same")
+    assert words.endswith("Too noisy to compare noisy Only in this run new Only in the old run gone")
     assert section(report, "comparison") is None
+
+
+def test_runs_that_cannot_be_compared_are_not(report):
+    comparison = Comparison("2026-01-01", ["cpu was A, is B"], [], [], [], [])
+    words = section(report, "comparison", comparison)
+    assert words == "Against the run of 2026-01-01 Not comparable: cpu was A, is B"
 
 
 def test_the_gate_is_told(report):
