@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import EXACT, GATE_BASELINES, OWN_VARIANTS
-from ..report import size_text, threads_text
+from ..report import size_text
 from ..results import Report
 from ..roofline import Roofline
 from ..standing import Outcome
@@ -30,6 +30,7 @@ DEFINITIONS = (
         f"{', '.join(GATE_BASELINES)} at stock settings: what a user has today. They alone decide "
         "--fail-below.",
     ),
+    ("mean ratio", "Geometric mean over all cases of a baseline; worst: the lowest of them."),
     ("-tuned", "The same library in a process whose allocator keeps freed memory."),
     (
         "dense, compile",
@@ -98,7 +99,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
             "instructions",
             f"torch {machine.torch_capability}, native kernels {machine.native_capability or '–'}",
         ),
-        *((f"limits, {threads_text(roof.threads)}", limits(roof)) for roof in report.rooflines),
+        *((f"limits, {report.measured_on(roof.threads)}", limits(roof)) for roof in report.rooflines),
         ("measured", report.created),
         ("baselines", ", ".join(settings.baselines)),
         ("models", ", ".join(settings.presets)),

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from ..case import GATE_BASELINES, OURS
 from ..compare import Change, Comparison, judge_regressions
 from ..gate import Verdict, judge
-from ..report import threads_text
 from ..results import CaseResult, ContestantResult, Measurement, Report
 from ..standing import OUTCOMES, Outcome, Score, Standing, is_rival, scores, standings, stock_outcome
 from ..sweep import Over, curves, judge_sweep
@@ -253,7 +252,7 @@ class View:
         for roof in self.report.rooflines:
             wide, narrow = (roofline_chart(roof, self.cases, names, *area) for area in (_WIDE, _NARROW))
             if wide:
-                charts.append(Chart(threads_text(roof.threads), (Markup(wide), Markup(narrow))))
+                charts.append(Chart(self.report.measured_on(roof.threads), (Markup(wide), Markup(narrow))))
         return charts
 
     @cached_property
@@ -273,7 +272,7 @@ class View:
         for over in overs:
             for group in by_problem(curves(self.report, over)):
                 words = problem_words(group[0].problem, without=over)
-                title = f"{group[0].problem.op} · {words} · {threads_text(group[0].threads)}"
+                title = f"{group[0].problem.op} · {words} · {self.report.measured_on(group[0].threads)}"
                 time, share = curve_charts(group, over)
                 charts.append(Chart(title, (Markup(time), Markup(share))))
         return charts

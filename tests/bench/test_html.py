@@ -258,6 +258,14 @@ def test_every_case_is_on_the_roofline_of_its_threads(result_of, report_of, with
     assert "Cases without arithmetic that is counted" in section(report, "roofline")
 
 
+def test_a_gpu_has_no_threads(report, with_flops):
+    machine = dataclasses.replace(report.machine, gpu="NVIDIA H100, 80 GB")
+    words = page(dataclasses.replace(report, machine=machine, cases=[with_flops(report.cases[0])])).words
+    assert "limits, GPU read 11.0 GB/s" in words
+    assert "NVIDIA H100, 80 GB · 1 case" in words
+    assert "1 thread" not in words
+
+
 def test_a_case_at_its_limit_touches_the_roof(result_of, report_of, with_flops):
     """100 flops in 75 bytes; 0.5 ms is the roofline time, 2 ms a quarter of the speed."""
     for ms, touches in ((0.5, True), (2.0, False)):
