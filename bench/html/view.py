@@ -12,7 +12,7 @@ from ..case import GATE_BASELINES, OURS
 from ..compare import Change, Comparison, judge_regressions
 from ..gate import Verdict, judge
 from ..results import CaseResult, ContestantResult, Measurement, Report
-from ..standing import OUTCOMES, Outcome, Score, Standing, is_rival, scores, standings, stock_outcome
+from ..standing import Outcome, Score, Standing, count, is_rival, scores, standings, stock_outcome
 from ..sweep import Over, curves, judge_sweep
 from . import prose
 from .axis import Axis, log_axis
@@ -110,6 +110,11 @@ class View:
         return {f"case-{i}": result for i, result in enumerate(self.report.cases, 1)}
 
     @cached_property
+    def anchors(self) -> dict[int, str]:
+        """`id` of a case's result -> its anchor; the results themselves cannot be keys."""
+        return {id(result): anchor for anchor, result in self.cases.items()}
+
+    @cached_property
     def families(self) -> list[Family]:
         """In the order of the report, whole models first."""
         names = dict.fromkeys(result.case.family for result in self.report.cases)
@@ -176,9 +181,8 @@ class View:
 
     def ranked(self, outcome: Outcome) -> list[tuple[str, Standing]]:
         """Comparisons of one outcome with their anchors, those farthest from 1 first."""
-        anchors = {id(result): anchor for anchor, result in self.cases.items()}
         found = [
-            (standing.ratio.median, anchors[id(standing.result)], standing)
+            (standing.ratio.median, self.anchors[id(standing.result)], standing)
             for standing in self.standings
             if standing.outcome == outcome and standing.ratio
         ]
@@ -241,7 +245,8 @@ class View:
     @cached_property
     def ratio_axis(self) -> Axis:
         """One scale for all ratios in the page, 1 and its neighbourhood on it."""
-        ends = [end for each in _measured(self.report) if (r := each.ratio) for end in (r.low, r.high)]
+        speeds = [each.measurement for result in self.report.cases for each in result.contestants]
+        ends = [end for each in speeds if each and each.ratio for end in (each.ratio.low, each.ratio.high)]
         return log_axis([0.5, 2.0, *ends], 0, 100, base=2, room=1.1)
 
     @cached_property
@@ -300,7 +305,6 @@ class View:
 
     def _matrices(self, *quantities: tuple[str, Iterable[CaseResult], str, float]) -> list[Matrix]:
         """Those of the quantities (title, cases, field, resolution) that some contestant has."""
-        anchors = {id(result): anchor for anchor, result in self.cases.items()}
         matrices = []
         for title, results, field, resolution in quantities:
             rows = []
@@ -308,7 +312,9 @@ class View:
                 found = {each.name: getattr(each, field) for each in result.contestants}
                 values = {name: value for name, value in found.items() if value is not None}
                 if values:
-                    rows.append(MatrixRow(anchors[id(result)], result, values, _least(values, resolution)))
+                    rows.append(
+                        MatrixRow(self.anchors[id(result)], result, values, _least(values, resolution))
+                    )
             if rows:
                 drawn = (value for row in rows for value in row.values.values())
                 axis = log_axis(drawn, 0, 100, base=10 if field == "error" else 2)
@@ -325,17 +331,6 @@ class View:
                     key = (each.name, each.status, each.reason or "no reason given")
                     found.setdefault(key, []).append(anchor)
         return [Absence(*key, places) for key, places in found.items()]
-
-
-def count(outcomes: Iterable[Outcome]) -> dict[Outcome, int]:
-    """How many there are of each."""
-    found = list(outcomes)
-    return {outcome: found.count(outcome) for outcome in OUTCOMES}
-
-
-def _measured(report: Report) -> list[Standing]:
-    """Every contestant with a ratio, variants of ours too."""
-    return [Standing(result, each) for result in report.cases for each in result.contestants]
 
 
 def _least(values: dict[str, float], resolution: float) -> Outcome:
