@@ -59,11 +59,15 @@ DEFINITIONS = (
 
 def headline(counts: dict[Outcome, int], whom: str, what: str) -> str:
     """Wins and losses in one sentence."""
-    total = sum(counts.values())
+    total, unjudged = sum(counts.values()), counts["unjudged"]
     if not total:
         return "Nothing was measured"
-    slower = f"slower in {counts['slower'] or 'none'}"
-    return f"Faster {whom} in {counts['faster']} of {total} {what}, {slower}"
+    if unjudged == total:
+        return f"None of {total} {what} could be judged"
+    rest = f", {unjudged} not judged" if unjudged else ""
+    return (
+        f"Faster {whom} in {counts['faster']} of {total} {what}, slower in {counts['slower'] or 'none'}{rest}"
+    )
 
 
 def warnings(report: Report, wrong: int) -> list[str]:

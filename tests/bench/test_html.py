@@ -92,7 +92,7 @@ def test_verdict_counts_cases_against_all_stock_baselines(result_of, report_of):
         ],
     )
     words = page(report).words
-    assert "Faster than every stock baseline in 1 of 4 cases, slower in 1" in words
+    assert "Faster than every stock baseline in 1 of 4 cases, slower in 1, 1 not judged" in words
     assert "▲ 1 faster ▼ 1 slower = 1 level ? 1 not judged" in words
     assert "All 9 comparisons: 5 faster, 2 slower, 1 level, 1 not judged." in words
 
@@ -206,6 +206,7 @@ def test_reasons_are_listed_once_for_all_cases(result_of, report_of):
         dataclasses.replace(result_of(linear(m)), status="noisy", contestants=[noisy, missing])
         for m in (1, 2)
     ]
+    assert "None of 2 cases could be judged" in page(report_of("quick", results)).words
     words = section(report_of("quick", results), "absent")
     assert "peft_kernels noisy 3 of 9 rounds undisturbed, 6 needed 1 2" in words
     assert "bitsandbytes * missing bitsandbytes is not installed 1 2" in words
