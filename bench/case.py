@@ -56,7 +56,7 @@ class Case:
     dropout: float = 0.0
     suites: tuple[str, ...] = ("full",)
     against: tuple[str, ...] = ()  # the baselines that its suite asks for; empty: all that apply
-    label: str = ""  # whose shape it is: "llama-3.1-8b:q,o"
+    label: str = ""  # whose shape it is, "llama-3.1-8b:q,o", or which whole model
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Case:
         parts += [self.weight] if self.weight != "none" else []
         parts += [self.dtype]
         parts += [f"p{self.dropout}"] if self.dropout else []
-        return "/".join(parts) + (f"@{self.label}" if self.label else "")
+        return "/".join(parts) + (f"@{self.label.replace(' ', '-')}" if self.label else "")
 
     @property
     def torch_dtype(self) -> torch.dtype:

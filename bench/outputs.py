@@ -10,10 +10,13 @@ from rich.console import Console
 
 from .case import Case
 from .compare import Comparison, compare_runs, judge_regressions
+from .csv_table import csv_text
 from .gate import exit_status, judge
+from .html import html_report
 from .limits import judge_limits
 from .markdown import markdown
-from .plot import FORMATS, check_plot, save_plot
+from .plot import FORMATS, check_matplotlib, check_plot, save_plot
+from .plots import save_plots
 from .report import limits_table, print_comparison, print_sweep, print_verdicts, summary_table
 from .results import Report, read_json, write_json
 from .suites import ROWS
@@ -67,8 +70,10 @@ def check_output_options(options: argparse.Namespace, cases: Sequence[Case]) -> 
         raise ValueError("--plot and --fail-sweep need a problem at two M or more, as --suite sweep has")
     if options.fail_regression is not None and not options.compare:
         raise ValueError("--fail-regression must come with --compare OLD.json, a run to compare with")
-    for path in (options.json, options.csv, options.html, options.table):
-        if path and path.parent != FOLDER and not path.parent.is_dir():
+    if options.plots:
+        check_matplotlib("--plots")
+    for path in _files(options):
+        if path.parent != FOLDER and not path.parent.is_dir():
             raise ValueError(f"files must be in a folder that exists, got {path}")
 
 
@@ -107,18 +112,20 @@ def _write(
     report: Report, comparison: Comparison | None, console: Console, options: argparse.Namespace
 ) -> None:
     """Write the files that are asked for."""
-    FOLDER_OF = [path for path in (options.json, options.csv, options.html, options.table) if path]
-    for path in FOLDER_OF:
-        path.parent.mkdir(exist_ok=True)
-    written = []
+    folders = [path.parent for path in _files(options)] + ([options.plots] if options.plots else [])
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    written = _files(options)
     if options.json:
         write_json(report, options.json)
-        written.append(options.json)
-    texts = {options.table: markdown}
-    for path, text in texts.items():
-        if path:
-            path.write_text(text(report))
-            written.append(path)
+    if options.csv:
+        options.csv.write_text(csv_text(report))
+    if options.html:
+        options.html.write_text(html_report(report, comparison))
+    if options.table:
+        options.table.write_text(markdown(report))
+    if options.plots:
+        written += save_plots(report, options.plots)
     if options.plot:
         if found := curves(report):
             title = f"{report.machine.gpu or report.machine.cpu}, {report.created[:10]}"
@@ -128,6 +135,11 @@ def _write(
             console.print("[yellow]nothing to draw: no problem has a time at two M[/yellow]")
     for path in written:
         console.print(f"written: {path}", markup=False, highlight=False)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    """The single files that are asked for."""
+    return [path for path in (options.json, options.csv, options.html, options.table) if path]
 
 
 def _share(text: str) -> float:

@@ -52,7 +52,14 @@ class DoRALinear(LoRALinear):
         return magnitude
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class; while merged, the base layer alone.
+
+        Args:
+            x: [..., K]; the dtype of a dense base layer's weight, or float32, bfloat16 or float16 over NF4.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         if self.merged:
             return super().forward(x)
         return run_dora(

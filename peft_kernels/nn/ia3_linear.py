@@ -88,7 +88,14 @@ class IA3Linear(AdaptedLayer):
         return vector
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class; while merged, the base layer alone.
+
+        Args:
+            x: [..., K]; the dtype of a dense base layer's weight, or float32, bfloat16 or float16 over NF4.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         base = self.base_layer
         if self.merged:
             y: torch.Tensor = base(x)

@@ -38,6 +38,9 @@ class NF4Linear(nn.Module):
             says what it costs. It has no gradient: call the layer under torch.inference_mode() or
             torch.no_grad() then. In training mode it makes no difference. May be set on any layer.
 
+    Raises:
+        ValueError: `blocksize`, `dtype` or `activation` is none of those.
+
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
 
@@ -124,7 +127,14 @@ class NF4Linear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class.
+
+        Args:
+            x: [..., K]; float32, bfloat16 or float16.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         return nf4_linear(x, self.nf4_weight, self.bias, None if self.training else self.activation)
 
     def extra_repr(self) -> str:

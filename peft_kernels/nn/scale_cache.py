@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from peft_kernels.core.checks import check_module
 from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
 from peft_kernels.ops.dora.functional import row_scale
 from peft_kernels.ops.nf4.weight import NF4Weight
@@ -124,7 +125,14 @@ def invalidate_norms(model: nn.Module) -> None:
     To be called after weights of a model in eval mode were changed past torch's notice: through `.data`
     (`p.data.copy_(ema)`), NumPy or a raw pointer. In training mode norms are not kept, any other change is
     noticed, and so are PEFT's own changes of the base weight.
+
+    Args:
+        model: with `pk.nn.DoRALinear` or fused DoRA layers; others are left as they are.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    check_module("model", model, "pass the model itself")
     for module in model.modules():
         cache: ScaleCache | None = module.__dict__.get(_ATTRIBUTE)
         if cache is not None:

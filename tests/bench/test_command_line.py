@@ -127,7 +127,7 @@ def test_limits_runs_one_and_two_threads_and_ends_with_its_table(pretended, tmp_
     assert line.split()[3:] == ["dense", "2.00x", "2.00x", "2.30x", "3.00x", "6", "of", "6", "no"]
     settings = read_json(path).settings
     assert settings.threads == [1, 2]
-    assert settings.command.startswith("python -m peft_kernels.bench --suite smoke --filter 'nf4_linear/*'")
+    assert settings.command.startswith("python -m peft_kernels.bench --suite limits --filter '*M16-*' --json")
 
 
 def test_suites_that_ask_about_ours_measure_only_our_scratch(pretended):
@@ -168,7 +168,7 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
     [
         (
             ["--family", "fusion"],
-            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion",
+            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, model, got fusion",
         ),
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
@@ -186,3 +186,17 @@ def test_bad_options_are_explained(capsys, arguments, message):
         main(arguments)
     assert status.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_without_a_name_go_to_one_folder(pretended, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = ["--json", "--csv", "--html", "--table", "--plots"]
+    assert main(["--suite", "sweep", "--filter", "*/forward/M[134]-*/float32", *files]) == 0
+    written = sorted(path.name for path in (tmp_path / "bench-output").iterdir())
+    assert written == [
+        *("ratios.png", "report.html", "results.csv", "results.json", "scaling-m.png", "table.md")
+    ]
+    out = capsys.readouterr().out
+    assert all(f"written: bench-output/{name}" in out for name in written)
+    assert "nf4_linear/forward/M4" in (tmp_path / "bench-output" / "results.csv").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-output"]

@@ -266,7 +266,10 @@ def test_a_pass_without_enough_rounds_spoils_no_other():
     assert result.status == "measured"
     assert result.measurement.ms.median == pytest.approx(10.0)
     assert (result.measurement.rounds, result.measurement.dropped) == (8, 8)
-    assert rate(result, [bad, bad], WORK).reason == "0 of 8 rounds undisturbed, 6 needed"
+    assert rate(result, [bad, bad], WORK).reason == "0 of 16 rounds undisturbed, 6 needed"
+    few = passes_of({OURS: rounds([0.01] * 4)}, threads=1)[OURS]
+    assert rate(result, [few], WORK).status == "noisy"
+    assert rate(result, [few, few], WORK).measurement.rounds == 8  # enough together
 
 
 @pytest.mark.parametrize("suite", SUITES)
