@@ -206,7 +206,8 @@ def test_a_case_on_a_gpu_end_to_end(gpu_of, case, baseline):
     """Checks, memory, interleaved time and rates, all of them real but the clock: half a second a replay."""
     with Workers() as workers:
         roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0, "bfloat16": 100.0})
-        runner = CaseRunner([baseline], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu_of(FakeCuda()))
+        gpu = gpu_of(FakeCuda())
+        runner = CaseRunner([baseline], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu)
         result = runner.run(case, 1)
     ours, other = result.contestants
     assert (result.status, result.clock) == ("measured", "CUDA graphs")
