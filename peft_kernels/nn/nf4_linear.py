@@ -18,6 +18,10 @@ _STATISTICS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 class NF4Linear(nn.Module):
     """y = x W^T + bias with W [N, K] frozen in NF4, about 4.5 bits an element, and never materialised.
 
+        >>> layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 32), double_quant=True)
+        >>> layer(torch.ones(2, 64)).shape, layer.nf4_weight.dtype
+        (torch.Size([2, 32]), torch.float32)
+
     Its state_dict has the keys and the bytes of bitsandbytes' `Linear4bit`; each loads what the other saved.
     `.to(dtype)` and the like change the bias only, `.to(device)` moves everything.
 
