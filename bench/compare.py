@@ -30,14 +30,14 @@ class Change:
         threads: that it was measured with.
         time: our time over that of the old run, yardstick by yardstick: 1.2 is 20 % slower. Of all yardsticks
             the middle one; its band holds everything that the bands of the two runs allow.
-        yardstick: that baseline; None: no baseline is in both runs, and milliseconds are compared.
+        yardstick: that baseline.
         verdict: "same" where the band holds 1.
     """
 
     name: str
     threads: int
     time: Band
-    yardstick: str | None
+    yardstick: str
     verdict: Literal["slower", "same", "faster"]
 
     @property
@@ -49,8 +49,7 @@ class Change:
     def sentence(self) -> str:
         """The change in words: `+20.1 % time [+17.0 %, +23.5 %] against eager`."""
         more, low, high = (100 * (value - 1) for value in (self.time.median, self.time.low, self.time.high))
-        against = f"against {self.yardstick}" if self.yardstick else "in milliseconds"
-        return f"{more:+.1f} % time [{low:+.1f} %, {high:+.1f} %] {against}"
+        return f"{more:+.1f} % time [{low:+.1f} %, {high:+.1f} %] against {self.yardstick}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Comparison:
         old: when that was made.
         differences: facts of machine and versions that make times incomparable; then there are no changes.
         changes: of the cases in both, in the order of this run.
-        unjudged: cases in both, of which one has no time.
+        unjudged: cases in both, of which one has no time, or that have no yardstick in common.
         added: cases that the old run has not.
         removed: cases that only the old run has.
     """
@@ -111,7 +110,7 @@ def _change(new: CaseResult, old: CaseResult) -> Change | None:
     if ours is None or before is None:
         return None
     earlier = {each.name: each.measurement for each in old.contestants}
-    found: list[tuple[Band, str | None]] = [
+    found = [
         (_quotient(past, present), each.name)
         for each in new.contestants
         if each.name not in (OURS, *_SAME_CODE)
@@ -119,7 +118,7 @@ def _change(new: CaseResult, old: CaseResult) -> Change | None:
         and (past := _ratio(earlier.get(each.name), before))
     ]
     if not found:
-        found = [(_quotient(ours.ms, before.ms), None)]
+        return None  # milliseconds of two runs say nothing
     time, yardstick = sorted(found, key=lambda each: each[0].median)[(len(found) - 1) // 2]
     verdict: Literal["slower", "same", "faster"] = (
         "slower" if time.low > 1 else "faster" if time.high < 1 else "same"

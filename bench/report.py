@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .case import GATE_BASELINES, OURS
+from .case import GATE_BASELINES, OURS, Case
 from .compare import Change, Comparison, judge_regressions
 from .gate import Verdict, judge
 from .limits import Line
@@ -196,7 +196,7 @@ def _change_text(change: Change) -> Text:
     return Text(f"  {change.verdict}: {change.title}: {change.sentence}", style=colour)
 
 
-def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> list[str]:
+def _contestant_row(case: Case, contestant: ContestantResult, measurement: Measurement) -> list[str]:
     ratio = measurement.ratio
     error = "-" if contestant.error is None else f"{contestant.error:.1e}"
     outside = contestant.tolerance_used is not None and contestant.tolerance_used > 1

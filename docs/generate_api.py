@@ -258,6 +258,9 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", keep),
         mock.patch.object(sys, "argv", [program]),
+        mock.patch.object(
+            sys, "path", [str((ROOT / program).parent), *sys.path]
+        ),  # as Python does for a file
     ):
         try:
             if program.endswith(".py"):

@@ -214,7 +214,11 @@ def test_a_wheel_holds_every_module_the_benchmarks_and_the_library(wheel: Path) 
     shipped = {name for name in names if not name.startswith(f"peft_kernels-{__version__}")}
     package = ROOT / "peft_kernels"
     modules = {str(path.relative_to(ROOT)) for path in (*package.rglob("*.py"), *package.rglob("README.md"))}
-    benchmarks = {f"peft_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "bench").rglob("*.py")}
+    benchmarks = {
+        f"peft_kernels/{path.relative_to(ROOT)}"
+        for path in (ROOT / "bench").rglob("*.*")
+        if path.suffix in (".py", ".css", ".j2")
+    }
     assert modules | benchmarks | {"peft_kernels/_native.so", "peft_kernels/py.typed"} == shipped
 
 

@@ -1,4 +1,4 @@
-"""Whole-model cases on a tiny Llama: the oracle and what it finds, repeatability, counts, the printed line."""
+"""Whole-model cases on a tiny Llama: the oracle and what it finds, repeatability, the printed line."""
 
 import dataclasses
 import io
@@ -225,7 +225,7 @@ def test_tokens_per_second_and_peak_memory_are_printed(result_of):
     assert " 6400.0 " in ours
     assert " 3200.0 " in peft
     assert "3 MiB" in ours
-    assert case.name.endswith("/minilm")
+    assert case.name.endswith("@minilm")
     assert case.name in text
 
 

@@ -168,7 +168,7 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
     [
         (
             ["--family", "fusion"],
-            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion",
+            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, model, got fusion",
         ),
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import io
 import re
 import runpy
 import shlex
@@ -12,7 +13,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from pages import ROOT, blocks, inline
+from pages import ROOT, SHELLS, blocks, inline
 
 # Programs of others, in commands whose arguments mean nothing to us.
 OTHERS = {"apt-get", "cd", "cmake", "docker", "export", "gh", "git", "nvidia-smi", "source", "torchrun", "uv"}
@@ -20,16 +21,16 @@ OURS = {"bash", "make", "pip", "pytest", "python"}
 
 
 class _ParsedError(Exception):
-    """The arguments were understood, and are what it carries; the program itself is not wanted."""
+    """The arguments were understood; the program itself is not wanted."""
 
 
 def commands(page: str) -> list[str]:
     """Every command of a page: in ```sh blocks, in indented ones, and between backticks."""
     found = []
     for block in blocks(page):
-        if block.language in ("", "sh"):
+        if block.language in ("", *SHELLS):
             lines = block.code.replace("\\\n", " ").splitlines()
-            found += [line for line in lines if block.language == "sh" or _is_ours(line)]
+            found += [line for line in lines if block.language in SHELLS or _is_ours(line)]
     found += [token.content for token in inline(page) if token.type == "code_inline"]
     return [command for command in found if _is_ours(command) or program(command) in OTHERS]
 
@@ -39,7 +40,7 @@ def unknown_programs(page: str) -> list[str]:
     lines = [
         line
         for block in blocks(page)
-        if block.language == "sh"
+        if block.language in SHELLS
         for line in block.code.replace("\\\n", " ").splitlines()
     ]
     known = OURS | OTHERS | {""}
@@ -107,10 +108,16 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
     source = Path(spec.origin if spec is not None and spec.origin else program).read_text(encoding="utf-8")
     if "parse_args(" not in source:
         return f"{program} takes no arguments, got {arguments}" if arguments else ""
+    placeholder = any(re.fullmatch("[A-Z]{2,}", word) for word in arguments)
+    if program == "peft_kernels.bench" and "--compare" not in arguments and not placeholder:
+        arguments = [*arguments, "--list"]  # which tells whether the options go together and select a case
     parse = argparse.ArgumentParser.parse_args
 
-    def parse_only(parser: argparse.ArgumentParser, *rest: object) -> None:
-        raise _ParsedError(parse(parser, *rest))  # type: ignore[arg-type]
+    def parse_only(parser: argparse.ArgumentParser, *rest: object) -> argparse.Namespace:
+        parsed = parse(parser, *rest)  # type: ignore[arg-type]
+        if getattr(parsed, "list", False):
+            return parsed
+        raise _ParsedError
 
     def fail(parser: argparse.ArgumentParser, message: str) -> None:
         raise ValueError(message)
@@ -119,6 +126,7 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
         stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parse_only))
         stack.enter_context(mock.patch.object(argparse.ArgumentParser, "error", fail))
         stack.enter_context(mock.patch.object(sys, "argv", [str(program), *arguments]))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", RuntimeWarning)  # of runpy: the module has been imported before
         try:
@@ -126,22 +134,13 @@ def _parses(program: str | Path, arguments: list[str]) -> str:
                 runpy.run_path(str(program), run_name="__main__")
             else:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
-        except _ParsedError as parsed:
-            return _selects_cases(parsed.args[0]) if program == "peft_kernels.bench" else ""
+        except _ParsedError:
+            return ""
         except ValueError as error:
             return str(error)
+        except SystemExit as listed:
+            return "" if listed.code == 0 else f"exit status {listed.code}"
     return f"{program} did not look at its arguments"
-
-
-def _selects_cases(options: argparse.Namespace) -> str:
-    """Whether the benchmark's options go together and select anything."""
-    from peft_kernels.bench.options import cases_of, settings_of
-
-    try:
-        cases_of(options, settings_of(options, ()))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _check_pytest(arguments: list[str]) -> str:

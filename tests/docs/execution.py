@@ -5,7 +5,13 @@ import io
 import re
 import warnings
 
-from pages import ROOT, Block, Step, blocks, steps
+from pages import ROOT, Block, Step, blocks, steps, tokens
+
+
+def needs_own_process(page: str) -> bool:
+    """Whether a page changes what cannot be changed back; it then says so: `<!-- own process: why -->`."""
+    comments = (token.content for token in tokens(page) if token.type == "html_block")
+    return any(comment.startswith("<!-- own process: ") for comment in comments)
 
 
 def execute(page: str) -> list[str]:

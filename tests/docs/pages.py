@@ -4,6 +4,7 @@
                      `# SomeError: message` must raise that (`…` stands for anything)
 <!-- run             set-up that runs in its place on the page, and that readers do not see
 code -->
+<!-- own process: why -->   anywhere: the page runs in an interpreter of its own
 <!-- not run: why -->   before a ```python block, which is then compiled, not run
 ```sh                commands, checked by `commands.py`; so are `commands` in running text
 """
@@ -20,6 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
+SHELLS = ("sh", "bash")  # languages of fences with commands
 _HIDDEN = re.compile(r"<!-- run\n(.*?)-->", re.S)
 _NOT_RUN = re.compile(r"<!-- not run: (.*?) -->", re.S)
 _ERROR = re.compile(r"# (?P<kind>[A-Z]\w*(?:Error|Warning)): (?P<message>.*)")

@@ -12,7 +12,7 @@ import torch
 from peft_kernels.core.backend import resolve
 from peft_kernels.core.checks import check_tensor
 from peft_kernels.ops.nf4.reference import nf4_code
-from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_dense_dtype, check_nf4_format
+from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_dequantize, check_nf4_format
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -116,9 +116,9 @@ class NF4Weight:
         Raises:
             ValueError: `dtype` is another one.
         """
-        dtype = self.dtype if dtype is None else dtype
-        check_dense_dtype(dtype)
-        weight: torch.Tensor = resolve("nf4_dequantize", self.packed)(*self.base_weight(), self.shape, dtype)
+        base, dtype = self.base_weight(), self.dtype if dtype is None else dtype
+        check_nf4_dequantize(base, self.shape, dtype)
+        weight: torch.Tensor = resolve("nf4_dequantize", self.packed)(*base, self.shape, dtype)
         return weight
 
     def to(self, device: torch.device | str | int) -> "NF4Weight":
@@ -291,7 +291,7 @@ class NF4Weight:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: the weight is not NF4, or its parts do not fit together.
+            ValueError: the weight is not NF4.
         """
         if prefix + _STATE_KEY.replace("nf4", "fp4") in state_dict:
             _require_nf4("fp4", None)
