@@ -45,16 +45,16 @@ def model_case(op: str, label: str, m: int = 1, dtype: str = "float32", **option
 
 _QUICK = ("quick", "full")
 CASES = (
-    model_case(TRAIN, "llama-3.2-1b x1", 64, suites=_QUICK),
-    model_case(DECODE, "llama-3.2-1b x1", suites=_QUICK),
+    model_case(TRAIN, "llama-3.2-1b:1-layer", 64, suites=_QUICK),
+    model_case(DECODE, "llama-3.2-1b:1-layer", suites=_QUICK),
     model_case(TRAIN, "minilm", 128, suites=_QUICK),
-    model_case(TRAIN, "llama-3.2-1b x4", 128),
-    model_case(TRAIN, "llama-3.2-1b x2", 512),
-    model_case(TRAIN, "llama-3.2-1b x2", 512, "bfloat16"),
-    model_case(PREFILL, "llama-3.2-1b x4", 128),
-    model_case(PREFILL, "llama-3.2-1b x4", 512, "bfloat16"),
-    model_case(DECODE, "llama-3.2-1b x4"),
-    model_case(DECODE, "llama-3.2-1b x4", dtype="bfloat16"),
+    model_case(TRAIN, "llama-3.2-1b:4-layers", 128),
+    model_case(TRAIN, "llama-3.2-1b:2-layers", 512),
+    model_case(TRAIN, "llama-3.2-1b:2-layers", 512, "bfloat16"),
+    model_case(PREFILL, "llama-3.2-1b:4-layers", 128),
+    model_case(PREFILL, "llama-3.2-1b:4-layers", 512, "bfloat16"),
+    model_case(DECODE, "llama-3.2-1b:4-layers"),
+    model_case(DECODE, "llama-3.2-1b:4-layers", dtype="bfloat16"),
     model_case(TRAIN, "minilm", 512),
 )
 

@@ -85,8 +85,8 @@ def llama(layers: int, hidden: int = 2048, ffn: int = 8192, heads: int = 32, ran
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    **{f"llama-3.2-1b x{layers}": llama(layers) for layers in (1, 2, 4)},
-    "llama-tiny x2": llama(2, 128, 256, 4, 4),
+    **{f"llama-3.2-1b:{n}-layer{'s' * (n > 1)}": llama(n) for n in (1, 2, 4)},
+    "llama-tiny:2-layers": llama(2, 128, 256, 4, 4),
     "minilm": Architecture(
         6, 384, 1536, 12, 12, 30522, 8, ("query", "key", "value", "dense"), sequence=32, causal=False
     ),

@@ -153,8 +153,8 @@ GPU = (
     _gpu(IA3(SCALE_ONLY, 4096, 64, 4096, weight="dense", direction="backward"), True),
     *(_gpu(adapter(m, 4096, 64, "forward"), m == 512) for m in (1, 512)),
     *(_gpu(adapter(m, 4096, 64), m == 512) for m in (512, 2048)),
-    *(_gpu(model_case(TRAIN, "llama-3.2-1b x2", m)) for m in (512, 2048)),
-    _gpu(model_case(DECODE, "llama-3.2-1b x2")),
+    *(_gpu(model_case(TRAIN, "llama-3.2-1b:2-layers", m)) for m in (512, 2048)),
+    _gpu(model_case(DECODE, "llama-3.2-1b:2-layers")),
     _gpu(Case("dropout", "philox_dropout", 2048, 4096, 0, direction="both", dropout=0.05), True),
 )
 

@@ -152,6 +152,8 @@ def _size(module: nn.Module, parameter: nn.Parameter) -> int:
     if isinstance(module, NF4Linear) and parameter is module.weight:
         return module.out_features * module.in_features
     quant_state = getattr(parameter, "quant_state", None)  # of bitsandbytes, once it is quantised
+    if quant_state is None and parameter is module._parameters.get("weight"):
+        quant_state = getattr(module, "quant_state", None)  # FSDP's shards have none
     if quant_state is not None:
         return math.prod(quant_state.shape)
     zero3: int = getattr(parameter, "ds_numel", 0)  # DeepSpeed's ZeRO-3 leaves an empty tensor on each worker

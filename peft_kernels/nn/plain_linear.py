@@ -2,8 +2,19 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 _REMEDY = "merge or unload an adapter first, restore_layers(model) a fused layer"
+
+
+def is_plain_tensor(tensor: object) -> bool:
+    """Whether a tensor is its data and no more: not of a subclass with operations of its own (DTensor, ...).
+
+    Non-strict torch.export traces with a FakeTensor in the place of each plain one.
+    """
+    if type(tensor) is torch.Tensor or type(tensor) is nn.Parameter:
+        return True
+    return torch.compiler.is_exporting() and type(tensor).__name__ == "FakeTensor"
 
 
 def bypass_reason(module: nn.Module) -> str:
@@ -17,7 +28,18 @@ def bypass_reason(module: nn.Module) -> str:
         or module._backward_pre_hooks
     ):
         return "it has hooks"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "every module has hooks (torch.nn.modules.module.register_module_...)"
     return ""
+
+
+def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module is of one of the classes itself, not of a subclass.
+
+    By name: non-strict torch.export traces some modules as proxies, of a subclass that has the name.
+    """
+    name = (type(module).__module__, type(module).__qualname__)
+    return any((known.__module__, known.__qualname__) == name for known in classes)
 
 
 def has_forward_of(module: object, module_class: type[nn.Module]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from peft_kernels.core.checks import check_module
 from peft_kernels.core.plan import Product
 from peft_kernels.ops.linear.regimes import plans
-from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
+from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class, restored_class
 from peft_kernels.surgery.report import Report, Row, Work
 
 NamedLayers = list[tuple[str, nn.Module]]
@@ -36,7 +36,7 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
     `.data` in eval mode call `invalidate_norms`.
 
     With dropout active, the input itself is kept for the backward pass, so it must not be changed in place
-    before that. torch.export of fused models is not covered. A pickled fused model needs peft_kernels to be
+    before that. A pickled fused model needs peft_kernels to be
     loaded; call `restore_layers` before pickling if it should not.
 
     Args:
@@ -198,7 +198,7 @@ def _restore(layer: Any) -> None:
     for key, value in layer.__dict__.items():
         if _is_fused_forward(layer, value):
             layer.__dict__[key] = MethodType(layer.stock_class.forward, layer)
-    layer.__class__ = layer.stock_class
+    layer.__class__ = restored_class(type(layer))
     for key in FusedLayer.scratch:
         layer.__dict__.pop(key, None)
 

@@ -1,4 +1,4 @@
-"""Whole-model cases on a tiny Llama: the oracle and what it finds, repeatability, the printed line."""
+"""Whole-model cases on a tiny Llama: what the oracle finds, repeatability, counts, the printed line."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from peft_kernels.bench.worker import Workers
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-TINY = "llama-tiny x2"
+TINY = "llama-tiny:2-layers"
 CASES = [model_case(op, TINY, 1 if op == DECODE else 24) for op in (TRAIN, PREFILL, DECODE)]
 BFLOAT16 = [dataclasses.replace(case, dtype="bfloat16") for case in CASES]
 
@@ -161,7 +161,7 @@ def test_contestants_share_no_quantised_weight(model_of):
     assert not packed[0] & packed[1]
 
 
-@pytest.mark.parametrize("label", ["llama-3.2-1b x2", "minilm"])
+@pytest.mark.parametrize("label", ["llama-3.2-1b:2-layers", "minilm"])
 def test_sizes_are_those_of_the_model(label):
     sizes = ARCHITECTURES[label]
     with torch.device("meta"):

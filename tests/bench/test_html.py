@@ -323,7 +323,7 @@ def test_errors_outside_the_tolerance_are_marked(report):
 
 
 def test_whole_models_have_tokens_a_second_and_peak_memory(result_of, report_of):
-    step = Case("model", "train_step", 512, 2048, 8192, r=16, direction="both", label="llama-3.2-1b x2")
+    step = Case("model", "train_step", 512, 2048, 8192, r=16, direction="both", label="llama-3.2-1b:2-layers")
     report = report_of(
         "full",
         [
@@ -334,7 +334,7 @@ def test_whole_models_have_tokens_a_second_and_peak_memory(result_of, report_of)
     words = section(report, "speed")
     assert words.index("train_step") < words.index("nf4_linear")
     assert "tokens/s peak memory" in words
-    assert "llama-3.2-1b x2" in words
+    assert "llama-3.2-1b:2-layers" in words
     assert "peft_kernels 100 1.0 % 5 120 3 MiB" in words
     assert "Peak memory of a call, whole models" in section(report, "memory")
 
