@@ -1,7 +1,9 @@
 """What is built and shipped: against which torch, what sdist and wheel hold and run on, builds that fail."""
 
+import importlib.metadata
 import importlib.util
 import itertools
+import json
 import os
 import platform
 import re
@@ -12,6 +14,7 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +233,49 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", str(path)], text=True)
         assert "::kTable" in symbols
         assert re.findall(r" [WV] .*", symbols) == [], path.name
+
+
+def needed_by(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
+    """A distribution and all that it needs, but for extras; `found` are those that are known already."""
+    distribution = importlib.metadata.distribution(name)
+    found[name] = distribution
+    for requirement in map(Requirement, distribution.requires or ()):
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in found:
+            needed_by(requirement.name, found)
+    return found
+
+
+def test_a_wheel_passes_its_self_test_beside_nothing_but_what_it_asks_for(
+    wheel: Path, installed: Path, tmp_path: Path
+) -> None:
+    """No bitsandbytes, no peft, no numpy: what a user has after `pip install`."""
+    requirements = re.findall(r"^Requires-Dist: ([^;\n]+)$", in_wheel(wheel, "METADATA"), re.MULTILINE)
+    needed: dict[str, Distribution] = {}
+    for requirement in map(Requirement, requirements):
+        needed_by(requirement.name, needed)
+    assert "torch" in needed
+    assert not {"bitsandbytes", "numpy", "peft", "pytest"} & set(needed)
+    for distribution in needed.values():
+        for folder in {
+            file.parts[0] for file in distribution.files or () if not file.parts[0].startswith("..")
+        }:
+            if not (tmp_path / folder).is_symlink():
+                (tmp_path / folder).symlink_to(Path(distribution.locate_file(folder)))
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "peft_kernels", "--json"],
+        env={"PYTHONPATH": f"{installed}{os.pathsep}{tmp_path}", "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["native library"]["loaded from"] == str(installed / "peft_kernels" / "_native.so")
+    assert report["versions"]["bitsandbytes"] == "not installed"
+    assert all(result["passed"] for result in report["self-test"])
+    (missing,) = (advice for advice in report["advice"] if advice["name"] == "library-missing")
+    assert "peft, bitsandbytes, adapters" in missing["what"]
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux's")
