@@ -1,4 +1,4 @@
-"""How the native library is built: with CUDA C++ kernels or without, by which options, and builds that fail."""
+"""How the native library is built: with CUDA C++ kernels or without, by which options; builds that fail."""
 
 import importlib.util
 import os
