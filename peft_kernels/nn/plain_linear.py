@@ -19,6 +19,16 @@ def is_plain_tensor(tensor: object) -> bool:
 
 def bypass_reason(module: nn.Module) -> str:
     """Why a module must be called, and its parameters not just read, or ""."""
+    reason = _own_reason(module)
+    if not reason and _has_any_global_hook():  # type: ignore[no-untyped-call]
+        reason = "every module has hooks (torch.nn.modules.module.register_module_...)"
+    return reason
+
+
+def _own_reason(module: nn.Module) -> str:
+    """Why this module is not what its class is, or ""."""
+    if "parametrizations" in module._modules:
+        return "its parameters are computed, by torch.nn.utils.parametrize"
     if "forward" in module.__dict__:
         return "it has a forward of its own, set on the instance"
     if (
@@ -28,8 +38,6 @@ def bypass_reason(module: nn.Module) -> str:
         or module._backward_pre_hooks
     ):
         return "it has hooks"
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return "every module has hooks (torch.nn.modules.module.register_module_...)"
     return ""
 
 
@@ -73,6 +81,6 @@ def require_plain(linear: object, accepted: bool, wanted: str, remedy: str = "")
         raise TypeError(f"{got}; pass the layer, not its weight")
     if not accepted or not isinstance(linear, nn.Module):
         raise TypeError(f"{got}; {remedy or _REMEDY}")
-    reason = bypass_reason(linear)
+    reason = _own_reason(linear)
     if reason:
         raise TypeError(f"{got}, and {reason}, which would be lost; remove that first")

@@ -79,7 +79,8 @@ class ScaleCache:
         base = weight.base_weight()[:5] if isinstance(weight, NF4Weight) else (weight,)
         sources = (*(tensor for tensor in base if tensor is not None), lora_a, lora_b)
         # In a graph, what is kept would be a constant; and writes to some tensors go unnoticed.
-        noticed = not torch.compiler.is_compiling() and all(map(_counts_writes, (*sources, magnitude)))
+        noticed = not (torch.compiler.is_compiling() or _may_be_gathered())
+        noticed = noticed and all(map(_counts_writes, (*sources, magnitude)))
         if isinstance(scaling, torch.Tensor) or not noticed:
             return row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))
         kept, state = self._kept, _state(sources)
@@ -109,6 +110,11 @@ class ScaleCache:
 
 def _counts_writes(tensor: torch.Tensor) -> bool:
     return (type(tensor) is torch.Tensor or type(tensor) is nn.Parameter) and not tensor.is_inference()
+
+
+def _may_be_gathered() -> bool:
+    """Whether FSDP may be in use, which writes parameters when it gathers them, and leaves their counters."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def scale_cache(module: nn.Module) -> ScaleCache:

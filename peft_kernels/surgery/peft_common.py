@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
@@ -52,8 +51,6 @@ def linear_reason(role: str, linear: Any) -> str:
     weight = linear._parameters.get("weight")
     if not reason and not is_plain_tensor(weight):
         reason = f"its weight is a {type(weight).__name__}, not a Parameter"
-        if is_parametrized(linear, "weight"):
-            reason = "its weight is computed, by torch.nn.utils.parametrize"
     return reason and f"{role}: {reason}"
 
 

@@ -140,6 +140,16 @@ def filled(module: nn.Module) -> nn.Module:
     return module
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """For what one seed cannot repeat: processes have masks of their own, and another model draws others."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "lora_dropout") and isinstance(module.lora_dropout, float):
+            module.lora_dropout = 0.0
+    return model
+
+
 LEVELS: dict[str, Callable[[], dict[str, Callable[[], nn.Module]]]] = {
     "functions": functions,
     "modules": modules,
