@@ -92,7 +92,7 @@ sdist: venv ## Build a source distribution into dist/, and from it a wheel, whic
 # are torch's to bring), passes its self-test in an environment that has only it and .venv's other packages, and goes to dist/.
 define repaired
 	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir $(1)/repaired $(1)/built/*.whl
-	$(PYTHON) -m venv --without-pip $(1)/venv
+	$(BIN)/python -m venv --without-pip $(1)/venv
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(1)/torch.pth
 	cp $(1)/torch.pth $(1)/venv/lib/python3.*/site-packages/
 	$(PIP) --python $(1)/venv/bin/python install --no-deps $(1)/repaired/*.whl

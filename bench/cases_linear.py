@@ -43,7 +43,7 @@ CASES = (
     NF4(64, 384, 384, suites=_QUICK),
     NF4(64, 384, 1536, suites=_QUICK),
     QLORA(128, 384, 384, r=8, suites=_QUICK),
-    QLORA(128, 384, 1536, r=8, dropout=0.05, suites=_QUICK),
+    *(QLORA(128, 384, 1536, r=r, dropout=0.05, suites=_QUICK) for r in (8, 64)),
     LORA(128, 384, 1536, r=8, suites=_QUICK),
     # The rest of the grid
     NF4(256, 4096, 4096),
@@ -54,7 +54,7 @@ CASES = (
     *(NF4(m, 4096, 4096, dtype="bfloat16", direction="backward") for m in (1, 64, 512)),
     QLORA(1, 4096, 4096, r=16),
     QLORA(1, 4096, 4096, r=16, dropout=0.05),
-    QLORA(64, 4096, 4096, r=16),
+    *(QLORA(64, 4096, 4096, r=r) for r in (4, 16, 64)),
     QLORA(512, 4096, 4096, r=16),
     QLORA(512, 4096, 4096, r=16, dropout=0.05),
     QLORA(64, 4096, 4096, r=16, dtype="bfloat16"),

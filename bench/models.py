@@ -139,9 +139,10 @@ class Model:
             Unavailable: a layer would run its stock forward.
         """
         model, tensors = self.stock()
-        report = replace_layers(model)
-        for row in report.skipped:
-            raise Unavailable(f"{len(report.skipped)} layers are not fused, {row.name} because {row.reason}")
+        skipped = replace_layers(model).skipped
+        if skipped:
+            reason = f"{skipped[0].name} because {skipped[0].reason}"
+            raise Unavailable(f"{len(skipped)} layers are not fused, {reason}")
         return model, tensors
 
     def dense(self, dtype: torch.dtype) -> Any:

@@ -119,11 +119,11 @@ def _write(
     if options.json:
         write_json(report, options.json)
     if options.csv:
-        options.csv.write_text(csv_text(report))
+        options.csv.write_text(csv_text(report), "utf-8")
     if options.html:
-        options.html.write_text(html_report(report, comparison))
+        options.html.write_text(html_report(report, comparison), "utf-8")
     if options.table:
-        options.table.write_text(markdown(report))
+        options.table.write_text(markdown(report), "utf-8")
     if options.plots:
         written += save_plots(report, options.plots)
     if options.plot:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .case import OURS, Case
-from .report import size_text, threads_text
+from .report import size_text
 from .results import CaseResult, Report
 from .roofline import Roofline
 from .standing import Outcome, Standing, standings
@@ -124,7 +124,7 @@ def _roofline(report: Report, roof: Roofline, title: str, folder: Path) -> Path 
     cases = [result for result in report.cases if result.threads == roof.threads and result.gflop_s]
     if not cases:
         return None
-    figure = _figure(11, 6.5, f"Measured roofline, {threads_text(roof.threads)}; {title}")
+    figure = _figure(11, 6.5, f"Measured roofline, {report.measured_on(roof.threads)}; {title}")
     axes = figure.subplots()
     families = list(dict.fromkeys(result.case.family for result in report.cases))
     for i, family in enumerate(families):
@@ -179,7 +179,7 @@ def _scaling(report: Report, over: Over, title: str, folder: Path) -> Path | Non
         for curve in found:
             sizes, times = [p.size for p in curve.points], [p.ms.median for p in curve.points]
             axes.plot(sizes, times, label=curve.contestant, **_mark(curve.contestant, names))
-        axes.set_title(f"{problem.name}, {threads_text(threads)}", fontsize="small")
+        axes.set_title(f"{problem.name}, {report.measured_on(threads)}", fontsize="small")
         axes.set_xscale("log", base=2)
         axes.set(yscale="log", xlabel="tokens M" if over == "m" else "rank r")
         axes.xaxis.set_major_formatter("{x:g}")

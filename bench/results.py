@@ -165,6 +165,10 @@ class Report:
     cases: list[CaseResult]
     interrupted: bool
 
+    def measured_on(self, threads: int) -> str:
+        """What some of the cases ran on, in words: the GPU, or so many threads."""
+        return "GPU" if self.machine.gpu else f"{threads} thread{'s' if threads != 1 else ''}"
+
 
 def finite(value: float) -> float | None:
     """The value, or None for NaN and infinity, which JSON cannot hold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,12 @@ class Score:
     worst: float | None
 
 
+def count(outcomes: Iterable[Outcome]) -> dict[Outcome, int]:
+    """How many there are of each."""
+    found = list(outcomes)
+    return {outcome: found.count(outcome) for outcome in OUTCOMES}
+
+
 def is_rival(name: str) -> bool:
     """Whether a contestant is one to win or lose against, not ours or ours on an easier problem."""
     return name not in (OURS, EXACT, *OWN_VARIANTS)
@@ -87,11 +93,10 @@ def scores(found: Sequence[Standing]) -> list[Score]:
 
 
 def _score(name: str, found: Sequence[Standing]) -> Score:
-    outcomes = [each.outcome for each in found]
     ratios = [each.ratio.median for each in found if each.ratio]
     return Score(
         name,
-        {outcome: outcomes.count(outcome) for outcome in OUTCOMES},
+        count(each.outcome for each in found),
         statistics.geometric_mean(ratios) if ratios else None,
         min(ratios, default=None),
     )

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if console:
         console.print(text.inventory_view(sections))  # at once: the self-test may crash
     results = None if options.no_self_test else diagnostics.self_test()
-    advice = diagnostics.advise(diagnostics.this_machine())  # now that all libraries are loaded
+    advice = diagnostics.advise(diagnostics.this_machine())  # after it: libraries that it loads count
     if options.json:
         tests = None if results is None else [_as_json(result) for result in results]
         report = {**sections, "advice": [asdict(each) for each in advice], "self-test": tests}

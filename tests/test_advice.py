@@ -1,6 +1,7 @@
 """Advice: each rule speaks where its fault is, and only there; the facts read of the machine are right."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -31,12 +32,13 @@ LIBRARIES = {"peft": "0.21.2", "bitsandbytes": "0.50.2", "adapters": "1.3.0", "t
 
 GOOD = Machine(
     native=LOADED,
-    checkout=None,
+    install="pip install peft_kernels",
     libraries=LIBRARIES,
     requirements=REQUIREMENTS,
     torch_cuda=None,
     system_gpus=(),
     torch_gpus=(),
+    triton_found=True,
     triton_refuses="Triton finds none on this machine",
     cuda_kernels_run=False,
     processors=8,
@@ -63,7 +65,7 @@ def without(name: str) -> dict[str, str]:
 
 FAULTS: list[tuple[str, Machine, dict[str, Any], str]] = [
     ("native-library-missing", GOOD, {"native": MISSING}, "it could not be built"),
-    ("native-library-missing", GOOD, {"native": MISSING, "checkout": ROOT}, "`make build`"),
+    ("native-library-missing", GOOD, {"native": MISSING, "install": "make build"}, "`make build`"),
     (
         "capability-unknown",
         GOOD,
@@ -82,6 +84,16 @@ FAULTS: list[tuple[str, Machine, dict[str, Any], str]] = [
         {
             "system_gpus": ("NVIDIA L4",),
             "torch_cuda": "13.0",
+            "environment": {**GOOD.environment, "CUDA_VISIBLE_DEVICES": "0"},
+        },
+        "the driver is older",
+    ),
+    (
+        "gpu-out-of-reach",
+        GOOD,
+        {
+            "system_gpus": ("NVIDIA L4",),
+            "torch_cuda": "13.0",
             "environment": {**GOOD.environment, "CUDA_VISIBLE_DEVICES": ""},
         },
         "`unset CUDA_VISIBLE_DEVICES`",
@@ -91,6 +103,7 @@ FAULTS: list[tuple[str, Machine, dict[str, Any], str]] = [
         GOOD_GPU,
         {
             "libraries": without("triton"),
+            "triton_found": False,
             "triton_refuses": "Triton is not installed",
             "cuda_kernels_run": False,
         },
@@ -157,6 +170,7 @@ def test_every_rule_has_a_fault_and_an_entry_in_the_docs() -> None:
         (GOOD, {"libraries": {**LIBRARIES, "peft": "0.22.0.dev0"}}),
         (GOOD, {"cores": None}),
         (GOOD_GPU, {"triton_refuses": "it has compute capability 7.5", "cuda_kernels_run": False}),
+        (GOOD_GPU, {"libraries": without("triton")}),  # it goes by another name, pytorch-triton-rocm
         (GOOD_GPU, {"torch_cuda": None, "cuda_kernels_run": False, "native": LOADED}),  # AMD's
     ],
 )
@@ -211,12 +225,37 @@ def test_following_the_advice_makes_it_go_away() -> None:
 def test_this_machine_is_what_it_is() -> None:
     here = this_machine()
     assert here.native == native_library()
-    assert here.checkout == ROOT
+    assert here.install == "make build"
     assert here.threads == torch.get_num_threads()
     assert 1 <= here.processors <= (os.cpu_count() or 1)
     assert here.libraries["peft"]
     assert any("torch" in path for path in here.openmp)
     assert str(next(iter(here.requirements["peft"])).specifier).startswith(">=")
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        (None, "pip install -v --force-reinstall --no-deps --no-cache-dir peft_kernels"),
+        ("file:///home/me/a%20b", "pip install -v --force-reinstall --no-deps --no-cache-dir '/home/me/a b'"),
+        (
+            "https://host/x.whl",
+            "pip install -v --force-reinstall --no-deps --no-cache-dir https://host/x.whl",
+        ),
+    ],
+)
+def test_it_is_installed_again_from_where_it_came(
+    url: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "peft_kernels-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: peft_kernels\nVersion: 0.1.0\n")
+    if url:
+        (metadata / "direct_url.json").write_text(json.dumps({"url": url}))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine.install_command(tmp_path) == command
+    (tmp_path / "setup.py").touch()
+    assert machine.install_command(tmp_path) == "make build"
 
 
 def cgroup(folder: Path, line: str, files: dict[str, str]) -> int:

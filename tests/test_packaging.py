@@ -1,7 +1,9 @@
-"""What is built and shipped: against which torch, what sdist and wheel hold and run on, builds that fail."""
+"""What is built and shipped: against which torch, what sdist and wheel hold, where a wheel runs."""
 
+import importlib.metadata
 import importlib.util
 import itertools
+import json
 import os
 import platform
 import re
@@ -12,32 +14,23 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
-from typing import Any
 
 import pytest
-import setuptools
 import torch
 from packaging.requirements import Requirement
 
 import build_backend
+from packages import ROOT, build_wheel, fake_torch, run_installed, tree_copy
 from peft_kernels import __version__
-from peft_kernels.core.library import BUILD_FAILURE_NOTE, CUDA_FAILURE_NOTE, NATIVE_LIBRARY_PATH
+from peft_kernels.core.library import NATIVE_LIBRARY_PATH
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 needs_library = pytest.mark.skipif(
     not NATIVE_LIBRARY_PATH.is_file(), reason="the native library is not built"
 )
-
-
-def fake_torch(folder: Path, version: str) -> Path:
-    package = folder / "torch"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "version.py").write_text(f"__version__ = '{version}'\n")
-    return package
 
 
 @pytest.fixture
@@ -137,8 +130,7 @@ def check_dependencies(library: Path, built_in: Path) -> None:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked. It is made of a copy, so that nothing is left in the real tree."""
     folder = tmp_path_factory.mktemp("sdist")
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    tree_copy(folder / "tree")
     (folder / "tree" / "build").mkdir()
     (folder / "tree" / "build" / "junk.cpp").touch()
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder)]
@@ -174,16 +166,6 @@ def in_wheel(wheel: Path, name: str) -> str:
     """A file of the wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(f"peft_kernels-{__version__}.dist-info/{name}").decode()
-
-
-def build_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    return subprocess.run(
-        [*command, str(folder), str(checkout)],
-        env={**os.environ, "PEFT_KERNELS_REQUIRE_NATIVE": "0", "PEFT_KERNELS_CUDA": "0", **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +214,49 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         assert re.findall(r" [WV] .*", symbols) == [], path.name
 
 
+def needed_by(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
+    """A distribution and all that it needs, but for extras; `found` are those that are known already."""
+    distribution = importlib.metadata.distribution(name)
+    found[name] = distribution
+    for requirement in map(Requirement, distribution.requires or ()):
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in found:
+            needed_by(requirement.name, found)
+    return found
+
+
+def test_a_wheel_passes_its_self_test_beside_nothing_but_what_it_asks_for(
+    wheel: Path, installed: Path, tmp_path: Path
+) -> None:
+    """No bitsandbytes, no peft, no numpy: what a user has after `pip install`."""
+    requirements = re.findall(r"^Requires-Dist: ([^;\n]+)$", in_wheel(wheel, "METADATA"), re.MULTILINE)
+    needed: dict[str, Distribution] = {}
+    for requirement in map(Requirement, requirements):
+        needed_by(requirement.name, needed)
+    assert "torch" in needed
+    assert not {"bitsandbytes", "numpy", "peft", "pytest"} & set(needed)
+    for distribution in needed.values():
+        for folder in {
+            file.parts[0] for file in distribution.files or () if not file.parts[0].startswith("..")
+        }:
+            if not (tmp_path / folder).is_symlink():
+                (tmp_path / folder).symlink_to(Path(distribution.locate_file(folder)))
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "peft_kernels", "--json"],
+        env={"PYTHONPATH": f"{installed}{os.pathsep}{tmp_path}", "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["native library"]["loaded from"] == str(installed / "peft_kernels" / "_native.so")
+    assert report["versions"]["bitsandbytes"] == "not installed"
+    assert all(result["passed"] for result in report["self-test"])
+    (missing,) = (advice for advice in report["advice"] if advice["name"] == "library-missing")
+    assert "peft, bitsandbytes, adapters" in missing["what"]
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux's")
 def test_a_repaired_wheel_runs_on_old_systems_and_brings_no_library_of_others(
     wheel: Path, tmp_path: Path
@@ -278,19 +303,6 @@ def compiler_version() -> int:
     return max((int(major) for major in re.findall(r"GCC: .*? (\d+)\.\d+\.\d+", comment)), default=0)
 
 
-def run_installed(program: str, installed: Path, folder: Path) -> None:
-    """Run a program that prints `pk.__file__`, with the package that lies in `installed`."""
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
-
-
 def test_the_library_with_cuda_kernels_serves_a_torch_without(
     nvcc: str, checkout: Path, installed: Path, tmp_path: Path
 ) -> None:
@@ -316,199 +328,3 @@ def test_the_library_with_cuda_kernels_serves_a_torch_without(
         print(pk.__file__)
     """
     run_installed(program, installed, tmp_path)
-
-
-def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
-    """CMake's first step, as setup.py does it."""
-    chosen = [f"-D{name}={value}" for name, value in options.items()]
-    python = f"-DPython_EXECUTABLE={sys.executable}"
-    command = [
-        shutil.which("cmake"),
-        "-G",
-        "Ninja",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(folder / "build"),
-        python,
-        *chosen,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}  # a torch of the test's comes first
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("sign", ["version", "library"])
-def test_cuda_kernels_are_built_for_a_cuda_torch(nvcc: str, tmp_path: Path, sign: str) -> None:
-    torch_folder = fake_torch(tmp_path, "2.12.0+cu130")
-    if sign == "version":
-        with (torch_folder / "version.py").open("a") as file:
-            file.write("cuda: Optional[str] = '13.0'\n")
-    else:
-        (torch_folder / "lib").mkdir()
-        (torch_folder / "lib" / "libtorch_cuda.so").touch()
-    said = configure(tmp_path).stdout
-    assert re.search(
-        r"CUDA C\+\+ kernels: nvcc [\d.]+ for 80-real;86-real;89-real;90a-real.*;80-virtual", said
-    )
-    said = configure(tmp_path, PEFT_KERNELS_CUDA_ARCHS="90a-real,80-virtual").stdout
-    assert re.search(r"CUDA C\+\+ kernels: nvcc [\d.]+ for 90a-real;80-virtual", said)
-    assert "CUDA C++ kernels: none (PEFT_KERNELS_CUDA=0)" in configure(tmp_path, PEFT_KERNELS_CUDA="0").stdout
-
-
-def test_cuda_kernels_are_left_out_for_a_torch_without(tmp_path: Path) -> None:
-    with (fake_torch(tmp_path, "2.12.0+cpu") / "version.py").open("a") as file:
-        file.write("cuda: Optional[str] = None\n")
-    assert "CUDA C++ kernels: none (torch is a build without CUDA)" in configure(tmp_path).stdout
-
-
-def test_required_cuda_kernels_that_cannot_be_built_are_an_error(checkout: Path, tmp_path: Path) -> None:
-    """Even where the native library is not required."""
-    result = build_wheel(checkout, tmp_path, PEFT_KERNELS_CUDA="1", CUDACXX="/bin/false")
-    assert result.returncode != 0
-    said = " ".join((result.stdout + result.stderr).split())  # CMake wraps its lines
-    assert "PEFT_KERNELS_CUDA=1, but nvcc was not found; put it on PATH, or set CUDACXX" in said
-
-
-def test_kernels_are_emulated_as_they_are_built() -> None:
-    from gpuless.toolchain import CUDA_FLAGS
-
-    flags = set(CUDA_FLAGS) - {"-O3", "-DNDEBUG", "-std=c++17"}  # CMake's own: Release, CUDA_STANDARD
-    assert all(flag in (ROOT / "CMakeLists.txt").read_text() for flag in flags)
-
-
-def test_without_a_compiler_it_installs_says_so_once_and_runs_on_the_reference(
-    checkout: Path, tmp_path: Path
-) -> None:
-    result = build_wheel(checkout, tmp_path, CXX="/bin/false")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
-    assert not list(installed.rglob("*.so"))
-    assert "/bin/false" in (installed / "peft_kernels" / "_native_build_failure.txt").read_text()
-
-    program = """if True:
-        import torch, warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import peft_kernels as pk
-            weight = pk.functional.nf4_quantize(torch.ones(4, 64))
-            y = pk.functional.nf4_linear(torch.ones(2, 64), weight)
-        ours = [str(w.message) for w in caught if "peft_kernels" in str(w.message)]
-        assert len(ours) == 1 and "WITHOUT its native kernels" in ours[0], ours
-        assert torch.equal(y, torch.full((2, 4), 64.0)), y
-        print(pk.__file__)
-    """
-    run_installed(program, installed, tmp_path)
-
-
-def test_a_required_library_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
-    result = build_wheel(checkout, tmp_path, CXX="/bin/false", PEFT_KERNELS_REQUIRE_NATIVE="1")
-    assert result.returncode != 0
-    assert "THE NATIVE LIBRARY OF peft_kernels WAS NOT BUILT" in result.stdout + result.stderr
-
-
-@pytest.fixture
-def project_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """setup.py as a module, as users run it: the native library is not required."""
-    for name in ("PEFT_KERNELS_REQUIRE_NATIVE", "PEFT_KERNELS_CUDA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("cuda", "required", "built"),
-    [("AUTO", False, ["AUTO", "0"]), ("AUTO", True, ["AUTO"]), ("1", True, ["1"]), ("0", False, ["0"])],
-)
-def test_where_nvcc_fails_the_library_is_built_without_it_and_says_so(
-    cuda: str,
-    required: bool,
-    built: list[str],
-    project_setup: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Unless the library is required: then a failure is a failure."""
-    attempts = []
-
-    def build_native(build_dir: Path, package: Path, cuda: str) -> None:
-        attempts.append(cuda)
-        build_dir.mkdir(parents=True, exist_ok=True)
-        (build_dir / project_setup.LOG).write_text(
-            "-- CUDA C++ kernels: nvcc 13.0.88 for 80-real\n" * (cuda != "0")
-        )
-        if cuda != "0":
-            raise project_setup.NativeBuildError("nvcc fatal : unsupported host compiler")
-        (package / "_native.so").touch()
-
-    for name, value in (("build_native", build_native), ("CUDA", cuda), ("REQUIRE_NATIVE", required)):
-        monkeypatch.setattr(project_setup, name, value)
-    command = project_setup.NativeBuild(setuptools.Distribution())
-    command.inplace, command.build_lib, command.build_temp = False, tmp_path / "lib", tmp_path / "temp"
-    package = tmp_path / "lib" / "peft_kernels"
-    package.mkdir(parents=True)
-    if required:
-        with pytest.raises(SystemExit):
-            command.run()
-    else:
-        command.run()
-    assert attempts == built
-    assert (package / "_native.so").is_file() is (not required)
-    said, note = capsys.readouterr().out, package / CUDA_FAILURE_NOTE
-    assert note.is_file() is (len(built) == 2)
-    assert ("THE CUDA C++ KERNELS OF peft_kernels WERE NOT BUILT" in said) is (len(built) == 2)
-    if len(built) == 2:
-        assert "unsupported host compiler" in note.read_text()
-        assert "unsupported host compiler" in said
-
-
-def test_a_library_that_fails_without_nvcc_is_not_tried_twice(
-    project_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = []
-
-    def build_native(build_dir: Path, package: Path, cuda: str) -> None:
-        attempts.append(cuda)
-        build_dir.mkdir(parents=True)
-        (build_dir / project_setup.LOG).write_text(
-            "-- CUDA C++ kernels: none (torch is a build without CUDA)\n"
-        )
-        raise project_setup.NativeBuildError("g++: fatal error")
-
-    monkeypatch.setattr(project_setup, "build_native", build_native)
-    command = project_setup.NativeBuild(setuptools.Distribution())
-    command.inplace, command.build_lib, command.build_temp = False, tmp_path / "lib", tmp_path / "temp"
-    command.run()
-    assert attempts == ["AUTO"]
-    assert "g++: fatal error" in (tmp_path / "lib" / "peft_kernels" / BUILD_FAILURE_NOTE).read_text()
-
-
-def test_make_builds_anew_for_other_options(tmp_path: Path) -> None:
-    """What PEFT_KERNELS_CUDA* say is kept in a file that changes when they do, and only then."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    options = tmp_path / ".venv" / "options"
-    options.parent.mkdir()
-    (options.parent / "tools").touch()
-
-    def written(**variables: str) -> bool:
-        """Whether make writes the file anew."""
-        os.utime(options, (1, 1))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-        command = ["make", "--silent", "--old-file=.venv/tools", ".venv/options"]
-        subprocess.run(command, cwd=tmp_path, env={**environment, **variables}, check=True)
-        return options.stat().st_mtime > 1
-
-    options.touch()
-    assert written(PEFT_KERNELS_CUDA="0")
-    assert not written(PEFT_KERNELS_CUDA="0")
-    assert written(PEFT_KERNELS_CUDA="1")
-    assert written(PEFT_KERNELS_CUDA="1", PEFT_KERNELS_CUDA_ARCHS="90a-real")
-    assert not written(PEFT_KERNELS_CUDA="1", PEFT_KERNELS_CUDA_ARCHS="90a-real")

@@ -32,7 +32,7 @@ def html_report(report: Report, comparison: Comparison | None = None) -> str:
     )
     filters = (words.band, words.digits, words.error, words.milliseconds, words.size, words.times)
     environment.filters |= {each.__name__: each for each in filters}
-    environment.filters |= {"problem": words.problem_words, "short": words.short}
+    environment.filters["problem"] = words.problem_words
     environment.globals |= {
         "prose": prose,
         "words": words,
@@ -40,5 +40,5 @@ def html_report(report: Report, comparison: Comparison | None = None) -> str:
         "gating": GATE_BASELINES,
         "signs": {"faster": "▲", "slower": "▼", "level": "="},
     }
-    style = Markup((_FOLDER / "style.css").read_text())  # ours, nothing of the report
+    style = Markup((_FOLDER / "style.css").read_text("utf-8"))  # ours, nothing of the report
     return environment.get_template("report.html.j2").render(view=View(report, comparison), style=style)

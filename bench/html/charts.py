@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from xml.etree.ElementTree import Element
 
 from ..case import BASELINES, OURS, Case
-from ..report import threads_text
 from ..results import CaseResult
 from ..roofline import Roofline
 from ..sweep import Curve, Over, Point
@@ -47,10 +46,7 @@ def roofline_chart(
     ]
     x = log_axis([ridge, *(result.intensity for result in shown.values())], 46, width - 18, room=1.8)
     y = log_axis([*peaks.values(), *speeds], height - 36, 26, room=1.5)
-    label = (
-        f"Roofline of {threads_text(roof.threads)}: GFLOP/s over FLOP per byte of {len(shown)} cases; "
-        "the tables below have the numbers"
-    )
+    label = f"GFLOP/s over FLOP per byte of {len(shown)} cases; the tables below have the numbers"
     chart = canvas(width, height, label)
     frame(chart, x, y, ("FLOP per byte", "GFLOP/s"), short)
     for anchor, result in shown.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import EXACT, GATE_BASELINES, OWN_VARIANTS
-from ..report import size_text, threads_text
+from ..report import size_text
 from ..results import Report
 from ..roofline import Roofline
 from ..standing import Outcome
@@ -30,6 +30,7 @@ DEFINITIONS = (
         f"{', '.join(GATE_BASELINES)} at stock settings: what a user has today. They alone decide "
         "--fail-below.",
     ),
+    ("mean ratio", "Geometric mean over all cases of a baseline; worst: the lowest of them."),
     ("-tuned", "The same library in a process whose allocator keeps freed memory."),
     (
         "dense, compile",
@@ -58,11 +59,15 @@ DEFINITIONS = (
 
 def headline(counts: dict[Outcome, int], whom: str, what: str) -> str:
     """Wins and losses in one sentence."""
-    total = sum(counts.values())
+    total, unjudged = sum(counts.values()), counts["unjudged"]
     if not total:
         return "Nothing was measured"
-    slower = f"slower in {counts['slower'] or 'none'}"
-    return f"Faster {whom} in {counts['faster']} of {total} {what}, {slower}"
+    if unjudged == total:
+        return f"None of {total} {what} could be judged"
+    rest = f", {unjudged} not judged" if unjudged else ""
+    return (
+        f"Faster {whom} in {counts['faster']} of {total} {what}, slower in {counts['slower'] or 'none'}{rest}"
+    )
 
 
 def warnings(report: Report, wrong: int) -> list[str]:
@@ -98,11 +103,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
             "instructions",
             f"torch {machine.torch_capability}, native kernels {machine.native_capability or '–'}",
         ),
-        *((f"limits, {threads_text(roof.threads)}", limits(roof)) for roof in report.rooflines),
+        *((f"limits, {report.measured_on(roof.threads)}", limits(roof)) for roof in report.rooflines),
         ("measured", report.created),
         ("baselines", ", ".join(settings.baselines)),
         ("models", ", ".join(settings.presets)),
-        ("time a case", f"at most {settings.max_seconds:g} s, {settings.passes} pass(es)"),
+        ("time a case", f"at most {settings.max_seconds:g} s; passes: {settings.passes}"),
     ]
     return [(term, words) for term, words in found if words]
 

@@ -11,17 +11,15 @@ from markupsafe import Markup
 from ..case import GATE_BASELINES, OURS
 from ..compare import Change, Comparison, judge_regressions
 from ..gate import Verdict, judge
-from ..report import threads_text
 from ..results import CaseResult, ContestantResult, Measurement, Report
-from ..standing import OUTCOMES, Outcome, Score, Standing, is_rival, scores, standings, stock_outcome
+from ..standing import Outcome, Score, Standing, count, is_rival, scores, standings, stock_outcome
 from ..sweep import Over, curves, judge_sweep
 from . import prose
 from .axis import Axis, log_axis
 from .charts import by_problem, curve_charts, family_mark, roofline_chart
-from .words import problem_words
+from .words import MODEL, problem_words
 
 SCRATCH_RESOLUTION = 1 << 18  # bytes that are not told apart: docs/benchmarks.md, "scratch"
-_MODEL = "model"  # the family that is counted in tokens a second and in peak memory
 _WIDE, _NARROW = (960.0, 470.0), (380.0, 380.0)
 
 
@@ -36,7 +34,7 @@ class Family:
     @property
     def is_model(self) -> bool:
         """Whether its cases are whole models, whose speed is tokens a second."""
-        return self.name == _MODEL
+        return self.name == MODEL
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,15 @@ class View:
         return {f"case-{i}": result for i, result in enumerate(self.report.cases, 1)}
 
     @cached_property
+    def anchors(self) -> dict[int, str]:
+        """`id` of a case's result -> its anchor; the results themselves cannot be keys."""
+        return {id(result): anchor for anchor, result in self.cases.items()}
+
+    @cached_property
     def families(self) -> list[Family]:
         """In the order of the report, whole models first."""
         names = dict.fromkeys(result.case.family for result in self.report.cases)
-        order = sorted(names, key=lambda name: name != _MODEL)
+        order = sorted(names, key=lambda name: name != MODEL)
         return [
             Family(
                 name, Markup(family_mark(i)), {a: r for a, r in self.cases.items() if r.case.family == name}
@@ -178,9 +181,8 @@ class View:
 
     def ranked(self, outcome: Outcome) -> list[tuple[str, Standing]]:
         """Comparisons of one outcome with their anchors, those farthest from 1 first."""
-        anchors = {id(result): anchor for anchor, result in self.cases.items()}
         found = [
-            (standing.ratio.median, anchors[id(standing.result)], standing)
+            (standing.ratio.median, self.anchors[id(standing.result)], standing)
             for standing in self.standings
             if standing.outcome == outcome and standing.ratio
         ]
@@ -223,11 +225,11 @@ class View:
 
     @property
     def regressions(self) -> list[Verdict]:
-        """What fails --fail-regression, if that was asked for."""
+        """The cases that --fail-regression fails for, if that was asked for."""
         threshold = self.report.settings.fail_regression
-        return (
-            judge_regressions(self.comparison, threshold) if self.comparison and threshold is not None else []
-        )
+        if self.comparison is None or threshold is None:
+            return []
+        return [each for each in judge_regressions(self.comparison, threshold) if each.kind == "slow"]
 
     @property
     def breaks(self) -> list[Verdict]:
@@ -243,7 +245,8 @@ class View:
     @cached_property
     def ratio_axis(self) -> Axis:
         """One scale for all ratios in the page, 1 and its neighbourhood on it."""
-        ends = [end for each in _measured(self.report) if (r := each.ratio) for end in (r.low, r.high)]
+        speeds = [each.measurement for result in self.report.cases for each in result.contestants]
+        ends = [end for each in speeds if each and each.ratio for end in (each.ratio.low, each.ratio.high)]
         return log_axis([0.5, 2.0, *ends], 0, 100, base=2, room=1.1)
 
     @cached_property
@@ -254,7 +257,7 @@ class View:
         for roof in self.report.rooflines:
             wide, narrow = (roofline_chart(roof, self.cases, names, *area) for area in (_WIDE, _NARROW))
             if wide:
-                charts.append(Chart(threads_text(roof.threads), (Markup(wide), Markup(narrow))))
+                charts.append(Chart(self.report.measured_on(roof.threads), (Markup(wide), Markup(narrow))))
         return charts
 
     @cached_property
@@ -274,7 +277,7 @@ class View:
         for over in overs:
             for group in by_problem(curves(self.report, over)):
                 words = problem_words(group[0].problem, without=over)
-                title = f"{group[0].problem.op} · {words} · {threads_text(group[0].threads)}"
+                title = f"{group[0].problem.op} · {words} · {self.report.measured_on(group[0].threads)}"
                 time, share = curve_charts(group, over)
                 charts.append(Chart(title, (Markup(time), Markup(share))))
         return charts
@@ -282,8 +285,8 @@ class View:
     @cached_property
     def memory(self) -> list[Matrix]:
         """Scratch of a call and bytes saved for backward, of whole models the peak."""
-        models = [result for result in self.report.cases if result.case.family == _MODEL]
-        others = [result for result in self.report.cases if result.case.family != _MODEL]
+        models = [result for result in self.report.cases if result.case.family == MODEL]
+        others = [result for result in self.report.cases if result.case.family != MODEL]
         return self._matrices(
             ("Peak memory of a call, whole models", models, "scratch_bytes", SCRATCH_RESOLUTION),
             (
@@ -302,7 +305,6 @@ class View:
 
     def _matrices(self, *quantities: tuple[str, Iterable[CaseResult], str, float]) -> list[Matrix]:
         """Those of the quantities (title, cases, field, resolution) that some contestant has."""
-        anchors = {id(result): anchor for anchor, result in self.cases.items()}
         matrices = []
         for title, results, field, resolution in quantities:
             rows = []
@@ -310,7 +312,9 @@ class View:
                 found = {each.name: getattr(each, field) for each in result.contestants}
                 values = {name: value for name, value in found.items() if value is not None}
                 if values:
-                    rows.append(MatrixRow(anchors[id(result)], result, values, _least(values, resolution)))
+                    rows.append(
+                        MatrixRow(self.anchors[id(result)], result, values, _least(values, resolution))
+                    )
             if rows:
                 drawn = (value for row in rows for value in row.values.values())
                 axis = log_axis(drawn, 0, 100, base=10 if field == "error" else 2)
@@ -327,17 +331,6 @@ class View:
                     key = (each.name, each.status, each.reason or "no reason given")
                     found.setdefault(key, []).append(anchor)
         return [Absence(*key, places) for key, places in found.items()]
-
-
-def count(outcomes: Iterable[Outcome]) -> dict[Outcome, int]:
-    """How many there are of each."""
-    found = list(outcomes)
-    return {outcome: found.count(outcome) for outcome in OUTCOMES}
-
-
-def _measured(report: Report) -> list[Standing]:
-    """Every contestant with a ratio, variants of ours too."""
-    return [Standing(result, each) for result in report.cases for each in result.contestants]
 
 
 def _least(values: dict[str, float], resolution: float) -> Outcome:

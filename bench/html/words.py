@@ -7,6 +7,7 @@ from ..report import size_text
 from ..stats import Band
 
 DASH = "–"
+MODEL = "model"  # the family that is counted in tokens a second and in peak memory
 _DIRECTIONS = {"both": "forward + backward"}
 _WEIGHTS = {
     "none": "",
@@ -17,18 +18,21 @@ _WEIGHTS = {
 
 
 def problem_words(case: Case, without: str = "") -> str:
-    """Direction, sizes, weight and dtype of a case; `without` the size "m" or "r", where that varies."""
+    """Label, direction, sizes, weight and dtype of a case; `without` "m" or "r" where that varies."""
     rank = f"r {case.r}" if case.r and without != "r" else ""
     tokens = f"{case.m} token{'s' if case.m != 1 else ''}" if case.m and without != "m" else ""
+    sizes = f"{case.k}→{case.n}" if case.n else f"width {case.k}"
+    if case.family == MODEL:
+        sizes = f"width {case.k}, {case.n} in feed-forward"
     parts = (
+        case.label,
         _DIRECTIONS.get(case.direction, case.direction),
         tokens,
-        f"{case.k}→{case.n}" if case.n else f"width {case.k}",
+        sizes,
         rank,
         _WEIGHTS.get(case.weight, case.weight),
         case.dtype,
         f"dropout {case.dropout:g}" if case.dropout else "",
-        case.label,
     )
     return " · ".join(part for part in parts if part)
 

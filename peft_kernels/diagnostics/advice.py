@@ -15,8 +15,6 @@ from peft_kernels.bench.worker import TUNED_ALLOCATOR
 from peft_kernels.core.library import CUDA_FAILURE_NOTE
 from peft_kernels.diagnostics.machine import Machine
 
-FROM_INDEX = "pip install -v --force-reinstall --no-deps --no-cache-dir"
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -50,13 +48,12 @@ def native_library_missing(machine: Machine) -> Advice | None:
     """Everything runs on the reference."""
     if machine.native.loaded:
         return None
-    build = "`make build`" if machine.checkout else f"`{FROM_INDEX} peft_kernels` (or the path it came from)"
     return Advice(
         "native-library-missing",
         "problem",
         f"the native library is not loaded: {machine.native.reason}",
         "every operation on the CPU runs on the PyTorch reference, which is there to be right, not fast",
-        f"install a C++20 compiler (Debian: `apt-get install g++`), then {build}",
+        f"with a C++20 compiler (Debian: `apt-get install g++`): `{machine.install}`",
         "against plain PyTorch 130 times at 1 token, 6.8 times in a QLoRA step of 64 tokens "
         "(docs/diagnostics.md)",
     )
@@ -85,13 +82,13 @@ def capability_capped(machine: Machine) -> Advice | None:
         "portable": "21 times at 1 token, 4.7 times in a QLoRA step of 64 tokens",
         "avx2": "3.0 times at 1 token, 1.8 times in a QLoRA step of 64 tokens",
     }
-    gain = measured.get(native.capability)
+    best = native.capabilities_found[-1]
+    gain = measured.get(native.capability) if best.startswith("avx512") else None
     return Advice(
         "capability-capped",
         "slower",
-        f"PEFT_KERNELS_CPU_CAPABILITY={native.capability} keeps this machine's "
-        f"{native.capabilities_found[-1]} from being used",
-        "fewer numbers are computed by an instruction, and bf16 and int8 products have none of their own",
+        f"PEFT_KERNELS_CPU_CAPABILITY={native.capability} keeps this machine's {best} from being used",
+        "a better set computes more numbers at a time, or has instructions for bf16 and int8 products",
         "`unset PEFT_KERNELS_CPU_CAPABILITY`",
         gain and f"{gain}, from {native.capability} to avx512_bf16, fp32 (docs/diagnostics.md)",
     )
@@ -115,15 +112,15 @@ def gpu_out_of_reach(machine: Machine) -> Advice | None:
     """The driver has a GPU, torch is built for CUDA, and sees none."""
     if not machine.system_gpus or not machine.torch_cuda:
         return None
-    hidden = machine.environment.get("CUDA_VISIBLE_DEVICES")
+    hidden = machine.environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return Advice(
         "gpu-out-of-reach",
         "slower",
         f"nvidia-smi lists {', '.join(machine.system_gpus)}, but torch (for CUDA {machine.torch_cuda}) sees "
-        "no GPU" + (f"; CUDA_VISIBLE_DEVICES={hidden}" if hidden is not None else ""),
+        "no GPU" + ("; CUDA_VISIBLE_DEVICES hides it" if hidden else ""),
         "nothing runs on the GPU",
         "`unset CUDA_VISIBLE_DEVICES`"
-        if hidden is not None
+        if hidden
         else "`python -c 'import torch; torch.cuda.init()'` says why; most often the driver is older than "
         f"CUDA {machine.torch_cuda}: update it, or install a torch for an older CUDA",
     )
@@ -133,7 +130,9 @@ def triton_missing(machine: Machine) -> Advice | None:
     """A GPU, and no Triton, or one that is too old."""
     requirement = _requirement(machine, "triton")
     version = machine.libraries.get("triton")
-    if not machine.torch_gpus or requirement is None or _is_new_enough(version, requirement):
+    if not machine.torch_gpus or requirement is None:
+        return None
+    if machine.triton_found if version is None else _is_new_enough(version, requirement):
         return None
     return Advice(
         "triton-missing",
@@ -163,16 +162,14 @@ def cuda_kernels_missing(machine: Machine) -> Advice | None:
     served = machine.triton_refuses or machine.cuda_kernels_run
     if not machine.torch_gpus or not machine.torch_cuda or served or not machine.native.loaded:
         return None
-    install = "make build" if machine.checkout else f"{FROM_INDEX} peft_kernels"
     if machine.native.cuda_architectures:
         there = ", ".join(f"sm_{arch}" for arch in machine.native.cuda_architectures)
         what = f"the CUDA C++ kernels are built for {there}, and have no code for {machine.torch_gpus[0]}"
-        remedy = f"`unset PEFT_KERNELS_CUDA_ARCHS`, then `{install}`"
+        remedy = f"`unset PEFT_KERNELS_CUDA_ARCHS`, then `{machine.install}`"
     else:
         what = f"the native library is built without CUDA C++ kernels, and there is {machine.torch_gpus[0]}"
-        remedy = (
-            f"with nvcc (12.4 or newer; 12.8 for sm_100 and sm_120) on PATH: `PEFT_KERNELS_CUDA=1 {install}`"
-        )
+        nvcc = "nvcc (12.4 or newer; 12.8 for sm_100 and sm_120)"
+        remedy = f"with {nvcc} on PATH: `PEFT_KERNELS_CUDA=1 {machine.install}`"
         if machine.native.path.with_name(CUDA_FAILURE_NOTE).is_file():
             what += "; nvcc failed, see above"
     return Advice(
@@ -238,10 +235,10 @@ def two_openmp_runtimes(machine: Machine) -> Advice | None:
         return None
     return Advice(
         "two-openmp-runtimes",
-        "slower",
+        "hint",
         f"{len(machine.openmp)} OpenMP runtimes are loaded: {', '.join(machine.openmp)}",
-        "each has threads of its own, which go on spinning after their work is done, and take processors "
-        "from the others'",
+        "each has threads of its own; where two take turns, those of one spin for a while after their work "
+        "and take processors from the other's",
         "install torch and what brought the others from one source (all by pip, or all from conda-forge); "
         "until then `export OMP_WAIT_POLICY=PASSIVE` makes idle threads sleep",
     )
@@ -334,8 +331,8 @@ def _requirement(machine: Machine, name: str) -> Requirement | None:
     return None
 
 
-def _is_new_enough(version: str | None, requirement: Requirement) -> bool:
-    return version is not None and requirement.specifier.contains(Version(version), prereleases=True)
+def _is_new_enough(version: str, requirement: Requirement) -> bool:
+    return requirement.specifier.contains(Version(version), prereleases=True)
 
 
 def _quoted(requirement: Requirement) -> str:

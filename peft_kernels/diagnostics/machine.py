@@ -1,13 +1,17 @@
 """The facts about this machine and installation on which advice depends, gathered in one place."""
 
 import importlib.metadata
+import importlib.util
+import json
 import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from packaging.requirements import Requirement
@@ -25,12 +29,13 @@ class Machine:
 
     Attributes:
         native: the record of the native library.
-        checkout: the source tree that the package is run from; None where it is installed.
+        install: the command that builds and installs this package again.
         libraries: the version of every library of `requirements` that is installed.
         requirements: what the extras of this package ask for, by extra.
         torch_cuda: the version of CUDA that torch is built for; None for a build without.
         system_gpus: names of the GPUs that `nvidia-smi` lists; asked only where torch sees none.
         torch_gpus: names of the GPUs that torch sees.
+        triton_found: whether there is a module `triton`, whatever it was installed as.
         triton_refuses: why Triton kernels cannot run, `core.gpu.why_no_gpu`.
         cuda_kernels_run: whether the CUDA C++ kernels have code for the current GPU.
         processors: how many logical ones this process may use: its affinity, and its cgroup's quota.
@@ -42,12 +47,13 @@ class Machine:
     """
 
     native: NativeLibrary
-    checkout: Path | None
+    install: str
     libraries: dict[str, str]
     requirements: dict[str, tuple[Requirement, ...]]
     torch_cuda: str | None
     system_gpus: tuple[str, ...]
     torch_gpus: tuple[str, ...]
+    triton_found: bool
     triton_refuses: str | None
     cuda_kernels_run: bool
     processors: int
@@ -62,16 +68,16 @@ def this_machine() -> Machine:
     """Gather the facts."""
     requirements = required()
     torch_gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    root = NATIVE_LIBRARY_PATH.parent.parent
     loaded = loaded_libraries()
     return Machine(
         native=native_library(),
-        checkout=root if (root / "setup.py").is_file() else None,
+        install=install_command(NATIVE_LIBRARY_PATH.parent.parent),
         libraries=installed([r.name for group in requirements.values() for r in group]),
         requirements=requirements,
         torch_cuda=torch.version.cuda,
         system_gpus=() if torch_gpus else nvidia_smi(),
         torch_gpus=torch_gpus,
+        triton_found=importlib.util.find_spec("triton") is not None,
         triton_refuses=gpu.why_no_gpu(),
         cuda_kernels_run=bool(torch_gpus) and runs_cuda_kernels(),
         processors=usable_processors(),
@@ -105,6 +111,20 @@ def installed(names: list[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def install_command(root: Path) -> str:
+    """How the package in folder `root` is built again: from its tree, or from where pip says that it came."""
+    if (root / "setup.py").is_file():
+        return "make build"
+    try:
+        origin = importlib.metadata.distribution("peft_kernels").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        origin = None
+    source = json.loads(origin)["url"] if origin else "peft_kernels"
+    if source.startswith("file://"):
+        source = unquote(source.removeprefix("file://"))
+    return f"pip install -v --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
 
 
 def nvidia_smi() -> tuple[str, ...]:

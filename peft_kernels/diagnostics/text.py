@@ -1,5 +1,6 @@
 """The report for people: in a terminal, from 80 columns on, and as Markdown for a bug report."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def issue(sections: Mapping[str, Section], advice: list[Advice], results: list[S
         + "\n```",
         "</details>",
     ]
-    return "\n\n".join(parts).replace(str(Path.home()), "~")
+    home = re.compile(re.escape(str(Path.home())) + r"(?=/)")
+    return home.sub("~", "\n\n".join(parts))
 
 
 def _by_backend(section: Section) -> Section:

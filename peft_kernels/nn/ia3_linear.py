@@ -13,6 +13,10 @@ from peft_kernels.nn.nf4_linear import NF4Linear
 class IA3Linear(AdaptedLayer):
     """y = (x W^T + bias) * l, or with `feedforward` y = (x * l) W^T + bias; W, bias frozen, l trained.
 
+        >>> layer = pk.nn.IA3Linear.from_linear(nn.Linear(64, 32))
+        >>> pk.trainable_parameters(layer).trainable
+        32
+
     l starts at one, so the layer starts as its base layer. As in PEFT it is fp32 even over a bf16 or fp16
     base; unlike there, x is not cast up for that, and y has the dtype of x over NF4 too.
 

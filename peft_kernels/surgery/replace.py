@@ -22,6 +22,11 @@ Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool = False) -> Report:
     """Make the layers of `model` run on the fused kernels: same numbers, same state_dict keys, faster.
 
+        >>> report = pk.replace_layers(model, only=["0"])
+        >>> [(row.name, row.fused, row.reason) for row in report]
+        [('base_model.model.0', True, ''),
+         ('base_model.model.2', False, 'a stock layer; replace_layers fuses it')]
+
     Handled are PEFT's LoRA, DoRA and IA3 layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`,
     `Linear4bit` alone, and the bottleneck adapters of the `adapters` library. The model is changed in place:
     each layer keeps its parameters and becomes an instance of a subclass of its class. Saving, loading,

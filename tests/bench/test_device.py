@@ -10,6 +10,7 @@ from peft_kernels.bench import __main__ as command_line
 from peft_kernels.bench import baselines, device
 from peft_kernels.bench.__main__ import main
 from peft_kernels.bench.case import GPU_BASELINES, OURS, Case, Program, Unavailable
+from peft_kernels.bench.cases_model import model_case
 from peft_kernels.bench.device import CPU, GPU, describe_gpu, why_no_cuda
 from peft_kernels.bench.gate import EXIT_NO_DEVICE
 from peft_kernels.bench.machine import weight_copies
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from peft_kernels import functional
 
 CASE = Case("linear", "nf4_linear", 3, 128, 64, weight="nf4", dtype="bfloat16", suites=("gpu",))
+MODEL = model_case("train_step", "llama-tiny:2-layers", 24, "bfloat16", suites=("gpu",))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -198,18 +200,21 @@ def test_memory_is_the_peak_beyond_what_was_there_and_results(gpu_of):
     assert gpu_of(cuda).memory(CASE, programs, 1, 100) == {"a": 400, "b": 0}
 
 
-def test_a_case_on_a_gpu_end_to_end(gpu_of):
+@pytest.mark.filterwarnings("default")  # of the libraries that whole models are made of
+@pytest.mark.parametrize(("case", "baseline"), [(CASE, "eager"), (MODEL, "peft")])
+def test_a_case_on_a_gpu_end_to_end(gpu_of, case, baseline):
     """Checks, memory, interleaved time and rates, all of them real but the clock: half a second a replay."""
     with Workers() as workers:
         roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0, "bfloat16": 100.0})
-        runner = CaseRunner(["eager"], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu_of(FakeCuda()))
-        result = runner.run(CASE, 1)
-    ours, eager = result.contestants
+        gpu = gpu_of(FakeCuda())
+        runner = CaseRunner([baseline], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu)
+        result = runner.run(case, 1)
+    ours, other = result.contestants
     assert (result.status, result.clock) == ("measured", "CUDA graphs")
     assert ours.tolerance_used <= 1
     assert ours.scratch_bytes == 0
     assert ours.measurement.ms.median == pytest.approx(500.0)
-    assert eager.measurement.ratio.median == pytest.approx(1.0)
+    assert other.measurement.ratio.median == pytest.approx(1.0)
     assert ours.measurement.dropped == 0
 
 

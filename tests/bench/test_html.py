@@ -92,7 +92,7 @@ def test_verdict_counts_cases_against_all_stock_baselines(result_of, report_of):
         ],
     )
     words = page(report).words
-    assert "Faster than every stock baseline in 1 of 4 cases, slower in 1" in words
+    assert "Faster than every stock baseline in 1 of 4 cases, slower in 1, 1 not judged" in words
     assert "▲ 1 faster ▼ 1 slower = 1 level ? 1 not judged" in words
     assert "All 9 comparisons: 5 faster, 2 slower, 1 level, 1 not judged." in words
 
@@ -206,6 +206,7 @@ def test_reasons_are_listed_once_for_all_cases(result_of, report_of):
         dataclasses.replace(result_of(linear(m)), status="noisy", contestants=[noisy, missing])
         for m in (1, 2)
     ]
+    assert "None of 2 cases could be judged" in page(report_of("quick", results)).words
     words = section(report_of("quick", results), "absent")
     assert "peft_kernels noisy 3 of 9 rounds undisturbed, 6 needed 1 2" in words
     assert "bitsandbytes * missing bitsandbytes is not installed 1 2" in words
@@ -256,6 +257,14 @@ def test_every_case_is_on_the_roofline_of_its_threads(result_of, report_of, with
     )  # wide and narrow, and two legends
     assert len(found.having("circle", **{"class": "other f0"})) == 2 * 6
     assert "Cases without arithmetic that is counted" in section(report, "roofline")
+
+
+def test_a_gpu_has_no_threads(report, with_flops):
+    machine = dataclasses.replace(report.machine, gpu="NVIDIA H100, 80 GB")
+    words = page(dataclasses.replace(report, machine=machine, cases=[with_flops(report.cases[0])])).words
+    assert "limits, GPU read 11.0 GB/s" in words
+    assert "NVIDIA H100, 80 GB · 1 case" in words
+    assert "1 thread" not in words
 
 
 def test_a_case_at_its_limit_touches_the_roof(result_of, report_of, with_flops):
@@ -342,24 +351,27 @@ def test_whole_models_have_tokens_a_second_and_peak_memory(result_of, report_of)
 def test_the_comparison_has_what_became_slower_first(report):
     changes = [
         Change("unchanged", 1, Band(1.0, 0.98, 1.02), "eager", "same"),
-        Change("better", 1, Band(0.8, 0.7, 0.9), None, "faster"),
+        Change("better", 1, Band(0.8, 0.7, 0.9), "peft", "faster"),
         Change("worse", 2, Band(1.2, 1.15, 1.25), "eager", "slower"),
     ]
-    comparison = Comparison("2026-01-01", ["cpu was A, is B"], changes, ["noisy"], ["new"], ["gone"])
-    settings = dataclasses.replace(report.settings, fail_regression=0.1)
-    words = section(dataclasses.replace(report, settings=settings), "comparison", comparison)
-    assert words.index("worse, 2 threads ▼ slower 1.20× 1.15–1.25 eager") < words.index("better")
-    assert words.index("better, 1 thread ▲ faster 0.80×") < words.index("unchanged, 1 thread same")
-    assert "milliseconds" in words
-    for part in (
-        "cpu was A, is B",
-        "Too noisy to compare noisy",
-        "Only in this run new",
-        "Only in the old run gone",
+    comparison = Comparison("2026-01-01", [], changes, ["noisy"], ["new"], ["gone"])
+    for threshold, sentence in (
+        (0.1, "1 case is slower by more than 10 % beyond noise."),
+        (0.25, "No case is slower by more than 25 % beyond noise."),
     ):
-        assert part in words
-    assert "Slower by more than 10 %, or not judged: not comparable: cpu was A" in words
+        settings = dataclasses.replace(report.settings, fail_regression=threshold)
+        words = section(dataclasses.replace(report, settings=settings), "comparison", comparison)
+        assert sentence in words
+    assert words.index("worse, 2 threads ▼ slower 1.20× eager 1.15–1.25") < words.index("better")
+    assert words.index("better, 1 thread ▲ faster 0.80× peft") < words.index("unchanged, 1 thread same")
+    assert words.endswith("Too noisy to compare noisy Only in this run new Only in the old run gone")
     assert section(report, "comparison") is None
+
+
+def test_runs_that_cannot_be_compared_are_not(report):
+    comparison = Comparison("2026-01-01", ["cpu was A, is B"], [], [], [], [])
+    words = section(report, "comparison", comparison)
+    assert words == "Against the run of 2026-01-01 Not comparable: cpu was A, is B"
 
 
 def test_the_gate_is_told(report):

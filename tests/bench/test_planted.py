@@ -25,6 +25,8 @@ def test_a_planted_slow_down_is_caught_and_nothing_else(monkeypatch, tmp_path, c
         if found != EXIT_UNJUDGED:
             break
     out = capsys.readouterr().out
+    if found == EXIT_UNJUDGED:
+        pytest.skip("this machine is too busy to judge speed by")
     assert found == status, out
     if share:
         assert "1 slower by more than 10%" in out

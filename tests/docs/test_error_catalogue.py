@@ -5,7 +5,7 @@ import re
 
 import pytest
 from execution import execute
-from pages import ROOT, blocks
+from pages import ROOT, blocks, inline
 
 PAGE = "docs/errors.md"
 
@@ -91,3 +91,54 @@ def escaped(part: str) -> str:
 def test_the_page_is_of_a_size_to_be_a_catalogue(catalogue):
     assert len(catalogue) > 90
     assert all(re.match(r"[A-Z]\w+(Error|Warning): ", entry) for entry in catalogue)
+
+
+# Texts in the same places of the sources that are no reasons.
+NO_REASONS = {"…: …"}
+
+
+def reasons() -> dict[str, str]:
+    """Every reason for leaving a layer alone, … where a value stands, and where it is given.
+
+    It is returned, assigned to `reason`, or handed to Unfit, Status, leaves_alone or run_stock.
+    """
+    found = {}
+    files = [*(ROOT / "peft_kernels" / "surgery").glob("*.py"), ROOT / "peft_kernels/nn/plain_linear.py"]
+    for path in (*files, ROOT / "peft_kernels/core/transforms.py"):
+        if path.name == "report.py":
+            continue  # it shows reasons and has none
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for text in texts(node):
+                if " " in text:
+                    found[text] = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+    return found
+
+
+def texts(node: ast.AST) -> list[str]:
+    """The strings that a statement or call gives as a reason."""
+    given: list[ast.expr] = []
+    is_reason = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason"
+    if isinstance(node, (ast.Assign, ast.Return)) and (is_reason or isinstance(node, ast.Return)):
+        given = [node.value] if node.value else []
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("Unfit", "Status", "leaves_alone"):
+        given = node.args
+    found = []
+    while given:
+        expression = given.pop()
+        if isinstance(expression, ast.BoolOp):
+            given += expression.values
+        elif isinstance(expression, ast.IfExp):
+            given += [expression.body, expression.orelse]
+        elif isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+            found.append(expression.value)
+        elif isinstance(expression, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in expression.values]
+            found.append("".join(map(str, parts)))
+    return found
+
+
+def test_every_reason_in_a_report_is_listed():
+    listed = {token.content for token in inline(PAGE) if token.type == "code_inline"}
+    missing = {f"{place}: {text}" for text, place in reasons().items() if text not in listed | NO_REASONS}
+    assert not missing, f"reasons that {PAGE} does not have:\n" + "\n".join(sorted(missing))
+    assert len(reasons()) > 50

@@ -86,11 +86,6 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
 def check_nf4_dequantize(base: BaseWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Argument contract of `nf4_dequantize`."""
     check_nf4_format(base, shape)
-    check_dense_dtype(dtype)
-
-
-def check_dense_dtype(dtype: torch.dtype) -> None:
-    """Require a dtype that an NF4 weight can be dequantised to."""
     if dtype not in WEIGHT_DTYPES:
         got = str(dtype).removeprefix("torch.")
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {got}; convert the result")
