@@ -45,10 +45,11 @@ struct Operands {
                     ", ", in_features, "]");
     if (absmax) {
       nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                  checked_product(out_features, in_features), place);
+                  checked_product("weight", out_features, in_features), place);
     } else {
       check_shape("weight", weight, {out_features, in_features}, place);
       check_dtype("weight", weight, x.scalar_type());
+      data_of("weight", weight);  // there is some: a GEMM would not look
       dense_weight = weight;
     }
     STD_TORCH_CHECK(std::isfinite(scaling_), "scaling must be finite, got ", scaling_);

@@ -181,7 +181,7 @@ class NF4Linear(nn.Module):
         if prefix + "weight" in own:
             try:
                 self._load_weight(NF4Weight.from_state_dict(own, prefix), local_metadata)
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{prefix}weight: {error.args[0]}")
             rest[prefix + "weight"] = self.weight
         super()._load_from_state_dict(
