@@ -27,7 +27,7 @@ struct Operands {
            const OptionalTensor& seed_, bool reads_x, Place place_)
       : place(place_),
         out_features(out_features_),
-        x(reads_x ? as_contiguous(x_) : x_),
+        x(reads_x ? as_contiguous(defined("x", x_)) : defined("x", x_)),
         dtype(dtype_of("x", x.scalar_type())),
         lora_a(as_contiguous(lora_a_)),
         lora_b(as_contiguous(lora_b_)),

@@ -44,6 +44,12 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// A tensor that is there: the dispatcher lets None pass for one.
+inline const Tensor& defined(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.defined(), name, " must be a tensor, got None");
+  return t;
+}
+
 // Whether a tensor is on a GPU. A test build of the CUDA bindings runs them in an emulator, on the CPU's tensors.
 inline bool on_gpu(const Tensor& t) {
 #ifdef PEFT_KERNELS_EMULATED_CUDA
@@ -64,7 +70,7 @@ class Place {
   }
 
   void check(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.defined(), name, " must be a tensor, got None");
+    defined(name, t);
     if (!gpu_) {
       STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
       return;

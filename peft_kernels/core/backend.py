@@ -212,7 +212,9 @@ def _launcher(op_name: str, module: str) -> Callable[..., Any]:
 def _in_memory(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which requires its tensors to have memory, as native kernels do for themselves."""
     arguments = getattr(torch.ops.peft_kernels, op_name).default._schema.arguments
-    tensors = [(i, a.name, str(a.type) == "Tensor") for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+    tensors = [
+        (i, a.name, str(a.type) == "Tensor") for i, a in enumerate(arguments) if "Tensor" in str(a.type)
+    ]
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -76,6 +77,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {_shown(value)}")
 
 
+def check_size(name: str, value: object) -> None:
+    """Require a number of features or the like: a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+    if not 0 < value < 2**62:
+        raise ValueError(f"{name} must be positive and below 2^62, got {_shown(value)}")
+
+
 def check_finite(name: str, value: float) -> None:
     """Require `value` to be a finite number, of a size that a float has."""
     # math.isfinite cannot be traced by torch.compile
@@ -122,7 +131,7 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _holds(name: str, value: float, condition: Callable[[float], bool]) -> bool:
+def _holds(name: str, value: Any, condition: Callable[[float], bool]) -> bool:
     """Whether `value`, which must be a number, meets a condition."""
     if not isinstance(value, torch.Tensor):
         try:

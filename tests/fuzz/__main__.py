@@ -10,6 +10,8 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
+from peft_kernels.core.library import native_library
+
 from .entries import ENTRIES, Run
 
 
@@ -40,17 +42,22 @@ def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="in all, shared by the entries")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first entry; today's time by default")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the first entry; today's time by default"
+    )
     parser.add_argument("--entry", default="*", help="glob: only these")
     parser.add_argument("--no-shrink", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = [name for name in ENTRIES if fnmatchcase(name, arguments.entry)]
+    print(f"native library: {native_library().path}, {native_library().capability}")
     failed, total, start = [], 0, time.perf_counter()
     for name in names:
         begin = time.perf_counter()
         try:
-            given = fuzz(ENTRIES[name], max(1, arguments.inputs // len(names)), arguments.seed, not arguments.no_shrink)
+            given = fuzz(
+                ENTRIES[name], max(1, arguments.inputs // len(names)), arguments.seed, not arguments.no_shrink
+            )
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -61,7 +68,9 @@ def main() -> int:
         seconds = time.perf_counter() - begin
         total += given
         print(f"{name:50} {given:8,} inputs {given / seconds:8,.0f}/s", flush=True)
-    print(f"{total:,} inputs in {time.perf_counter() - start:.0f} s, seed {arguments.seed}, {len(failed)} failed")
+    print(
+        f"{total:,} inputs in {time.perf_counter() - start:.0f} s, seed {arguments.seed}, {len(failed)} failed"
+    )
     return 1 if failed else 0
 
 

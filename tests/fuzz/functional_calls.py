@@ -85,7 +85,9 @@ def adapter_arguments(draw: Draw) -> Arguments:
         "down_bias": make.optional(make.r),
         "up_weight": make.normal(n, make.r),
         "up_bias": make.optional(n),
-        "activation": make.pick(("relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "identity", torch.sin)),
+        "activation": make.pick(
+            ("relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "identity", torch.sin)
+        ),
         "scaling": make.pick((1.0, -2.0, make.normal(1), make.normal(n), make.normal())),
         "residual": make.pick((None, make.normal(*hidden.shape[:-1], n), hidden if n == make.k else None)),
         **{name: make.pick((None, None, None, _norm(make, size))) for name, size in norms.items()},
@@ -107,7 +109,11 @@ def dropout_arguments(draw: Draw) -> Arguments:
 
 def mask_arguments(draw: Draw) -> Arguments:
     make = Maker(draw)
-    return {"shape": tuple(make.x().shape), "p": make.pick((0.0, 0.3)), "seed": make.pick((0, torch.tensor(5)))}
+    return {
+        "shape": tuple(make.x().shape),
+        "p": make.pick((0.0, 0.3)),
+        "seed": make.pick((0, torch.tensor(5))),
+    }
 
 
 def quantize_arguments(draw: Draw) -> Arguments:
@@ -158,7 +164,9 @@ def dora(original: Arguments) -> Any:
         x, weight, p, seed = (a.pop(name) for name in ("x", "weight", "dropout_p", "seed"))
         scale = a.pop("magnitude") / norm.abs().masked_fill(norm == 0, torch.inf)
         dropped = F.philox_dropout(x, p, seed)
-        return F.adapted_linear(dropped, weight, column_scale=scale, **a) + F.adapted_linear(x + dropped, weight)
+        return F.adapted_linear(dropped, weight, column_scale=scale, **a) + F.adapted_linear(
+            x + dropped, weight
+        )
 
     return formula, formula if original["dropout_p"] == 0.0 and bool((norm >= 0).all()) else magnitude
 
@@ -197,14 +205,25 @@ def adapter(function: Any) -> Any:
 
 FUNCTIONAL = {
     "adapted_linear": Entry(F.adapted_linear, linear_arguments, polynomial(linear), roundings),
-    "lora_linear": Entry(F.lora_linear, lambda d: lora_arguments(d, nf4=False), polynomial(linear), roundings),
-    "nf4_lora_linear": Entry(F.nf4_lora_linear, lambda d: lora_arguments(d, nf4=True), polynomial(linear), roundings),
-    "nf4_linear": Entry(F.nf4_linear, nf4_linear_arguments, lambda a: None if a["activation"] else polynomial(linear)(a), roundings),
+    "lora_linear": Entry(
+        F.lora_linear, lambda d: lora_arguments(d, nf4=False), polynomial(linear), roundings
+    ),
+    "nf4_lora_linear": Entry(
+        F.nf4_lora_linear, lambda d: lora_arguments(d, nf4=True), polynomial(linear), roundings
+    ),
+    "nf4_linear": Entry(
+        F.nf4_linear,
+        nf4_linear_arguments,
+        lambda a: None if a["activation"] else polynomial(linear)(a),
+        roundings,
+    ),
     "nf4_linear (int8)": Entry(functools.partial(F.nf4_linear, activation="int8"), int8_arguments),
     "ia3_linear": Entry(F.ia3_linear, ia3_arguments, polynomial(F.ia3_linear), roundings),
     "dora_linear": Entry(F.dora_linear, dora_arguments, dora, roundings),
     "dora_norm": Entry(F.dora_norm, dora_norm_arguments, norm_of, lambda a: 20, in_halves=False),
-    "bottleneck_adapter": Entry(F.bottleneck_adapter, adapter_arguments, adapter(F.bottleneck_adapter), roundings),
+    "bottleneck_adapter": Entry(
+        F.bottleneck_adapter, adapter_arguments, adapter(F.bottleneck_adapter), roundings
+    ),
     "bottleneck_adapter_with_intermediates": Entry(
         F.bottleneck_adapter_with_intermediates,
         lambda d: {**adapter_arguments(d), "need_down": d(st.booleans()), "need_up": d(st.booleans())},

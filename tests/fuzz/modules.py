@@ -45,7 +45,13 @@ MODULES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     ),
     "BottleneckAdapter": (
         pk.nn.BottleneckAdapter,
-        {"input_size": 64, "reduction_factor": 16.0, "non_linearity": "relu", "scaling": 1.0, "is_parallel": False}
+        {
+            "input_size": 64,
+            "reduction_factor": 16.0,
+            "non_linearity": "relu",
+            "scaling": 1.0,
+            "is_parallel": False,
+        }
         | {"ln_before": False, "ln_after": False, "adapter_residual_before_ln": False, "use_gating": False}
         | {"dropout": 0.0, "init_weights": "bert", "device": None, "dtype": torch.float32},
     ),
@@ -61,7 +67,9 @@ def construct(draw: Draw, name: str) -> None:
     options, changed = dict(options), False
     for _ in range(choose(draw, (0, 1, 1, 2))):
         option, changed = choose(draw, [*options]), True
-        options[option] = choose(draw, SIZES) if option in (*SIZE_NAMES, "r") else odd(draw, options[option])[0]
+        options[option] = (
+            choose(draw, SIZES) if option in (*SIZE_NAMES, "r") else odd(draw, options[option])[0]
+        )
     module = properties.outcome(build, **options)
     if isinstance(module, Refusal):
         assert changed, f"valid options were refused: {module.error}"
@@ -73,13 +81,29 @@ def construct(draw: Draw, name: str) -> None:
     x = torch.ones(1, 2, size, dtype=dtype, device=parameter.device)
     y = properties.outcome(module, x)
     if isinstance(y, Refusal):
-        properties.refuse(y, (*options, "x", "hidden", "weight", "bias", "lora_a", "lora_b", "ia3_l", "down_weight", "scaling"))
+        properties.refuse(
+            y,
+            (
+                *options,
+                "x",
+                "hidden",
+                "weight",
+                "bias",
+                "lora_a",
+                "lora_b",
+                "ia3_l",
+                "down_weight",
+                "scaling",
+            ),
+        )
     str(module)
 
 
 def model_of(draw: Draw) -> nn.Module:
     """A small model with a quantised layer and odd things in it."""
-    linear = bnb.nn.Linear4bit(64, 8, quant_type=choose(draw, ("nf4", "nf4", "fp4")), compute_dtype=torch.float32)
+    linear = bnb.nn.Linear4bit(
+        64, 8, quant_type=choose(draw, ("nf4", "nf4", "fp4")), compute_dtype=torch.float32
+    )
     if draw(st.booleans()):
         linear = linear.to("cpu")  # quantises it
     model = nn.Sequential(nn.Linear(64, 64), linear, nn.ReLU(), pk.nn.LoRALinear(8, 8), pk.nn.NF4Linear(8, 8))
@@ -91,22 +115,33 @@ def model_of(draw: Draw) -> nn.Module:
 
 def _odd_parameter(draw: Draw, model: nn.Module) -> None:
     owner: Any = model[choose(draw, (0, 1, 4))]
-    name = choose(draw, [*owner._parameters])
-    if owner._parameters[name] is not None:
+    name = choose(draw, [*owner._parameters, "none"])
+    parameter = owner._parameters.get(name)
+    if parameter is not None and type(parameter.data) is torch.Tensor and not parameter.is_inference():
+        plain = parameter.layout == torch.strided and not parameter.is_meta and parameter.numel() < 10_000
+        if not plain or not parameter.untyped_storage().nbytes():
+            return  # it was changed already
         value = odd_tensor(draw, owner._parameters[name].data)[0]
         if isinstance(value, torch.Tensor):
             floating = value.dtype.is_floating_point
-            owner._parameters[name] = nn.Parameter(value.detach(), requires_grad=floating and draw(st.booleans()))
+            trained = floating and not value.is_inference() and draw(st.booleans())
+            owner._parameters[name] = nn.Parameter(value.detach(), requires_grad=trained)
         else:
             owner._parameters[name] = None
 
 
 def _odd_state(draw: Draw, model: nn.Module) -> None:
-    state = getattr(model[1].weight, "quant_state", None)  # type: ignore[index]
+    state = getattr(model[1]._parameters.get("weight"), "quant_state", None)  # type: ignore[index]
     if state is not None:
-        name = choose(draw, ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2"))
-        value = getattr(state, name)
-        setattr(state, name, odd(draw, tuple(value) if name == "shape" else value)[0])
+        name = choose(
+            draw, ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2")
+        )
+        value = getattr(state, name, None)
+        if isinstance(value, torch.Tensor) and (
+            type(value) is not torch.Tensor or value.layout != torch.strided
+        ):
+            return  # it was changed already
+        setattr(state, name, odd(draw, tuple(value) if isinstance(value, torch.Size) else value)[0])
 
 
 def _hook(draw: Draw, model: nn.Module) -> None:
@@ -127,16 +162,44 @@ def _hidden_class(draw: Draw, model: Any) -> None:
 
 
 def _attribute(draw: Draw, model: Any) -> None:
-    layer = model[choose(draw, (1, 1, 3, 4))]
-    name = choose(draw, [*(key for key in vars(layer) if not key.startswith("_")), "weight", "bias"])
+    layer = model[1]
+    name = choose(draw, [*(key for key in vars(layer) if not key.startswith("_")), *layer._parameters])
     if name in vars(layer):
         vars(layer)[name] = choose(draw, (*NO_TENSORS[:5], *INTS[:6]))
     else:
-        delattr(layer, name)
+        del layer._parameters[name]
 
 
-CHANGES = (_odd_parameter, _odd_parameter, _odd_state, _odd_state, _hook, _shared, _own_forward, _hidden_class, _attribute)
-ONLY: tuple[Any, ...] = ("*", "1", "nope", "[", "", None, None, None, 1, [], ["1"], ["1", 2], (), lambda *a: True, lambda *a: 1 / 0, nn.Linear, b"1")
+CHANGES = (
+    _odd_parameter,
+    _odd_parameter,
+    _odd_state,
+    _odd_state,
+    _hook,
+    _shared,
+    _own_forward,
+    _hidden_class,
+    _attribute,
+)
+ONLY: tuple[Any, ...] = (
+    "*",
+    "1",
+    "nope",
+    "[",
+    "",
+    None,
+    None,
+    None,
+    1,
+    [],
+    ["1"],
+    ["1", 2],
+    (),
+    lambda *a: True,
+    lambda *a: 1 / 0,
+    nn.Linear,
+    b"1",
+)
 
 
 def classes(model: nn.Module) -> list[type]:
@@ -182,7 +245,13 @@ def count(draw: Draw) -> None:
 def optim(draw: Draw) -> None:
     """Parameter groups of an odd model, at odd rates."""
     model: Any = pk.nn.LoRALinear(8, 8) if draw(st.booleans()) else model_of(draw)
-    options: dict[str, Any] = {"model": model, "lr": 1e-3, "ratio": 16.0, "weight_decay": 0.0, "embedding_lr": 1e-6}
+    options: dict[str, Any] = {
+        "model": model,
+        "lr": 1e-3,
+        "ratio": 16.0,
+        "weight_decay": 0.0,
+        "embedding_lr": 1e-6,
+    }
     for _ in range(choose(draw, (0, 1, 1, 2))):
         name = choose(draw, [*options])
         options[name] = choose(draw, (*FLOATS, *NO_TENSORS))
@@ -201,7 +270,9 @@ def optim(draw: Draw) -> None:
 def _template(use_safetensors: bool) -> dict[str, bytes]:
     module = pk.nn.BottleneckAdapter.pfeiffer(32)
     options = dict(pk.nn.bottleneck_adapter.BOTTLENECK_PRESETS["pfeiffer"])
-    checkpoint = pk.io.AdapterHubCheckpoint("sst", {"encoder.layer.0.output": module}, {"config": options, "hidden_size": 32})
+    checkpoint = pk.io.AdapterHubCheckpoint(
+        "sst", {"encoder.layer.0.output": module}, {"config": options, "hidden_size": 32}
+    )
     folder = Path(tempfile.mkdtemp())
     try:
         pk.io.save_adapterhub(checkpoint, folder, use_safetensors=use_safetensors)
@@ -258,7 +329,16 @@ def adapterhub(draw: Draw) -> None:
             checkpoint = pk.io.load_adapterhub(folder)
         except (ValueError, FileNotFoundError) as error:
             assert type(error) in (ValueError, FileNotFoundError), repr(error)
-            named = (str(folder), "scaling", "dropout", "reduction_factor", "non_linearity", "init_weights", "config", "encoder.layer.0.output")
+            named = (
+                str(folder),
+                "scaling",
+                "dropout",
+                "reduction_factor",
+                "non_linearity",
+                "init_weights",
+                "config",
+                "encoder.layer.0.output",
+            )
             assert any(name in str(error) for name in named), f"names nothing: {error}"
             return
         for module in checkpoint.modules.values():

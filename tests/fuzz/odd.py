@@ -29,14 +29,29 @@ INTS: tuple[Any, ...] = (
     *(-(2**63), 10**30, True, False, 64.0, 0.5, math.nan, math.inf, "64", None, [64], (), np.int32(64)),
     *(np.float32(64.0), 1j, object()),
 )
-SIZES = tuple(i for i in INTS if not isinstance(i, int) or abs(i) < 10_000 or abs(i) >= HUGE)  # no memory, or little
+SIZES = tuple(
+    i for i in INTS if not isinstance(i, int) or abs(i) < 10_000 or abs(i) >= HUGE
+)  # no memory, or little
 STRINGS: tuple[Any, ...] = (
     *("", "int8", "INT8", "int4", "relu", "ReLU", "gelu", "identity", "gelu_new", "nope", "a" * 1000, "\0"),
     *("\ud800", "nf4", "fp4", None, 1, True, b"int8", [], torch.relu, object()),
 )
 DTYPE_ARGUMENTS: tuple[Any, ...] = (*DTYPES, torch.complex128, "float32", "", None, 0, float, object())
 NO_TENSORS: tuple[Any, ...] = (
-    *(None, 1.0, 0, True, "x", [1.0, 2.0], (), {}, np.ones((2, 2)), object(), torch.float32, torch.nn.Linear(2, 2)),
+    *(
+        None,
+        1.0,
+        0,
+        True,
+        "x",
+        [1.0, 2.0],
+        (),
+        {},
+        np.ones((2, 2)),
+        object(),
+        torch.float32,
+        torch.nn.Linear(2, 2),
+    ),
     *(torch.nn.Parameter, [torch.ones(2)]),
 )
 # Values of elements. The finite ones keep every sum of products of five of them far from overflow in fp32.
@@ -154,7 +169,9 @@ def other_shape(draw: Draw, t: torch.Tensor) -> torch.Tensor:
 
 
 def other_dtype(draw: Draw, t: torch.Tensor) -> torch.Tensor:
-    return t.detach().to(choose(draw, DTYPES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a complex number loses a part
+        return t.detach().to(choose(draw, DTYPES))
 
 
 def other_device(draw: Draw, t: torch.Tensor) -> torch.Tensor:
@@ -186,7 +203,16 @@ def other_layout(draw: Draw, t: torch.Tensor) -> Any:
         return t.detach().to_sparse_csr() if compressed else t.detach().to_sparse()
 
 
-CHANGE = (other_shape, other_shape, other_dtype, other_dtype, other_device, huge, without_memory, other_layout)
+CHANGE = (
+    other_shape,
+    other_shape,
+    other_dtype,
+    other_dtype,
+    other_device,
+    huge,
+    without_memory,
+    other_layout,
+)
 
 
 def odd_tensor(draw: Draw, t: torch.Tensor) -> tuple[Any, bool]:
@@ -224,7 +250,19 @@ def odd_shape(draw: Draw, shape: tuple[int, ...]) -> Any:
     if sizes and draw(st.booleans()):
         sizes[draw(st.integers(0, len(sizes) - 1))] = choose(draw, SIZES)
         return tuple(sizes)
-    odd_ones = ((), (0,), (-8, -64), (2**62, 4, 0), (2**32, 2**32), (8, 64, 1), (512,), [8, 64], 512, "8", None)
+    odd_ones = (
+        (),
+        (0,),
+        (-8, -64),
+        (2**62, 4, 0),
+        (2**32, 2**32),
+        (8, 64, 1),
+        (512,),
+        [8, 64],
+        512,
+        "8",
+        None,
+    )
     return choose(draw, odd_ones)
 
 
@@ -243,7 +281,14 @@ def odd(draw: Draw, value: Any) -> tuple[Any, bool]:
         return odd_shape(draw, value), False
     choices: tuple[Any, ...] = (*NO_TENSORS, *FLOATS, *STRINGS, torch.ones(3), torch.ones(()))
     if isinstance(value, float):
-        choices = (*FLOATS, torch.ones(()), torch.ones(1), torch.ones(2), torch.tensor(1j), torch.tensor(True))
+        choices = (
+            *FLOATS,
+            torch.ones(()),
+            torch.ones(1),
+            torch.ones(2),
+            torch.tensor(1j),
+            torch.tensor(True),
+        )
     elif isinstance(value, int):
         choices = INTS
     elif isinstance(value, str):

@@ -1,9 +1,9 @@
 """What holds for every call, whatever its arguments: an error that names one of them, or the right result.
 
-    refuse(call)     the error is of a documented type, names an argument, and says what is required
-    unchanged(...)   no input has other bytes, sizes, versions or gradients than before
-    no_alias(...)    no result shares memory with an input
-    close(...)       a result equals the reference in float64, up to what rounding can cause
+refuse(call)     the error is of a documented type, names an argument, and says what is required
+unchanged(...)   no input has other bytes, sizes, versions or gradients than before
+no_alias(...)    no result shares memory with an input
+close(...)       a result equals the reference in float64, up to what rounding can cause
 """
 
 import contextlib
@@ -20,9 +20,15 @@ import numerics
 
 DOCUMENTED = (ValueError, TypeError, RuntimeError, NotImplementedError)
 # How errors say what is required: ours, and those of torch's dispatcher about the type of an argument.
-REQUIREMENT = re.compile(r"\bmust\b|\bneeds?\b|not available|Expected a value of type|expected at most|missing")
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|no memory for|Storage size calculation overflowed")
-COMPARED_UP_TO = 1e6  # larger inputs may overflow between two products; then only the kind of result is checked
+REQUIREMENT = re.compile(
+    r"\bmust\b|\bneeds?\b|\brequires\b|not available|Expected a value of type|expected at most|missing"
+)
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|no memory for|Storage size calculation overflowed"
+)
+COMPARED_UP_TO = (
+    1e6  # larger inputs may overflow between two products; then only the kind of result is checked
+)
 
 
 class Refusal(NamedTuple):
@@ -73,7 +79,9 @@ def unchanged(*arguments: Any) -> Iterator[None]:
     tensors = list(tensors_in(arguments))
     before = [state_of(t) for t in tensors], settings()
     yield
-    assert ([state_of(t) for t in tensors], settings()) == before, "a call changed its inputs, or torch's settings"
+    assert ([state_of(t) for t in tensors], settings()) == before, (
+        "a call changed its inputs, or torch's settings"
+    )
 
 
 def settings() -> tuple[Any, ...]:
@@ -183,7 +191,6 @@ def _largest(value: Any) -> float:
     return abs(float(value)) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
-
 def extra(result: torch.Tensor, inputs: Sequence[Any]) -> float:
     """What 16-bit steps on the way to a result may add, relative to its magnitude.
 
@@ -192,7 +199,9 @@ def extra(result: torch.Tensor, inputs: Sequence[Any]) -> float:
     is multiplied into B, in the dtype of B (1).
     """
     halves = [t.dtype for t in (result, *inputs) if isinstance(t, torch.Tensor) and t.dtype.itemsize == 2]
-    return max((8 * numerics.unit_roundoff(dtype) for dtype in halves if dtype.is_floating_point), default=0.0)
+    return max(
+        (8 * numerics.unit_roundoff(dtype) for dtype in halves if dtype.is_floating_point), default=0.0
+    )
 
 
 def words(refusal: Refusal) -> str:

@@ -51,7 +51,14 @@ def forward(draw: Draw) -> Arguments:
     make = Maker(draw, HALF_AND_SINGLE)
     x, lora = make.normal(make.m, make.k, dtype=make.dtype), adapter_of(make)
     return {
-        **{"x": x, **base(make), "out_features": make.n, **lora, **scales(make), "bias": make.optional(make.n)},
+        **{
+            "x": x,
+            **base(make),
+            "out_features": make.n,
+            **lora,
+            **scales(make),
+            "bias": make.optional(make.n),
+        },
         **dropout(make, lora["lora_a"] is not None),
         "save_preactivation": make.maybe(),
     }
@@ -68,7 +75,10 @@ def backward(draw: Draw) -> Arguments:
         "u": make.normal(make.m, make.r, dtype=torch.promote_types(make.dtype, torch.float32)),
         "z": make.normal(make.m, make.n, dtype=make.dtype),
         "need_x": make.maybe(),
-        **{f"need_{name}": has[name] and make.maybe() for name in ("lora_a", "lora_b", "column_scale", "input_scale")},
+        **{
+            f"need_{name}": has[name] and make.maybe()
+            for name in ("lora_a", "lora_b", "column_scale", "input_scale")
+        },
         "need_bias": make.maybe(),
     }
 
@@ -78,7 +88,11 @@ def backward_input(draw: Draw) -> Arguments:
     low_rank = make.maybe()
     wide = torch.promote_types(make.dtype, torch.float32)
     return {
-        **{"grad": make.normal(make.m, make.n, dtype=make.dtype), **base(make, nf4=True), "in_features": make.k},
+        **{
+            "grad": make.normal(make.m, make.n, dtype=make.dtype),
+            **base(make, nf4=True),
+            "in_features": make.k,
+        },
         "column_scale": make.optional(make.n),
         "du": make.normal(make.m, make.r, dtype=wide) if low_rank else None,
         "lora_a": make.normal(make.r, make.k) if low_rank else None,
@@ -164,7 +178,9 @@ def in_float64(op_name: str) -> Callable[[Arguments], Any]:
 
     def formulas(original: Arguments) -> Any:
         if "activation" not in original:
-            return tuple(lambda a, absolute=absolute: reference(**dense(a, absolute)) for absolute in (False, True))
+            return tuple(
+                lambda a, absolute=absolute: reference(**dense(a, absolute)) for absolute in (False, True)
+            )
         if op_name.endswith("backward") and original["activation"] != 0:
             return None
         return lambda a: reference(**a), lambda a: [1.28 * t for t in reference(**{**a, "activation": 0})]
@@ -177,11 +193,15 @@ def roundings(a: Arguments) -> int:
     return 64 + sum(sum(t.shape) for t in a.values() if isinstance(t, torch.Tensor) and t.dim() == 2)
 
 
-def _entry(op_name: str, build: Callable[[Draw], Arguments], bits: bool = False, in_halves: bool = True) -> Entry:
+def _entry(
+    op_name: str, build: Callable[[Draw], Arguments], bits: bool = False, in_halves: bool = True
+) -> Entry:
     exact = None if bits else in_float64(op_name)
     functions = [overload(op_name, name) for name in ("default", "reference")]
     roundings_of = roundings if in_halves else lambda a: 20  # dora_norm's error is relative to itself
-    return Entry(functions[0], build, exact, roundings_of, in_halves, reference=functions[1], same_words=False)
+    return Entry(
+        functions[0], build, exact, roundings_of, in_halves, reference=functions[1], same_words=False
+    )
 
 
 RAW = {

@@ -19,13 +19,65 @@ from .properties import Refusal
 STATE = "weight.quant_state.bitsandbytes__nf4"
 # What errors may name: the keys of a state_dict, the attributes of a QuantState, the parts of an NF4Weight.
 NAMES = (
-    *("packed", "absmax", "nested", "nested_absmax", "nested_code", "nested_offset", "nested_blocksize", "shape"),
+    *(
+        "packed",
+        "absmax",
+        "nested",
+        "nested_absmax",
+        "nested_code",
+        "nested_offset",
+        "nested_blocksize",
+        "shape",
+    ),
     *("blocksize", "dtype", "quant_storage", "quant_type", "code", "quant_state", "state_dict", "weight"),
 )
 JSON_VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 63, 64, 2**62, 2**63, 10**400, 1e308, -0.0, 64.0, math.nan, math.inf, -math.inf),
-    *("", "nf4", "fp4", "float32", "float64", "int8", "nn", "Tensor", "__class__", "\ud83d", "x" * 5000, [], {}),
-    *([8, 64], [-8, -64], [64, 8], [512], [8, 64, 1], [0, 0], [2**31, 2**31], [2**62, 4], ["8", "64"], [8.0, 64.0]),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        63,
+        64,
+        2**62,
+        2**63,
+        10**400,
+        1e308,
+        -0.0,
+        64.0,
+        math.nan,
+        math.inf,
+        -math.inf,
+    ),
+    *(
+        "",
+        "nf4",
+        "fp4",
+        "float32",
+        "float64",
+        "int8",
+        "nn",
+        "Tensor",
+        "__class__",
+        "\ud83d",
+        "x" * 5000,
+        [],
+        {},
+    ),
+    *(
+        [8, 64],
+        [-8, -64],
+        [64, 8],
+        [512],
+        [8, 64, 1],
+        [0, 0],
+        [2**31, 2**31],
+        [2**62, 4],
+        ["8", "64"],
+        [8.0, 64.0],
+    ),
     *([None], {"a": 1}, [[8, 64]], [True, 512]),
 )
 
@@ -80,7 +132,19 @@ def hostile_json(draw: Draw, text: bytes) -> bytes:
         name = choose(draw, [*meta])  # twice
         return text[:-1] + b", " + json.dumps({name: choose(draw, JSON_VALUES)}).encode()[1:]
     elif kind == 5:
-        whole = (b"", b"null", b"[]", b"1", b'"nf4"', b"{", b"[" * 100_000, b'{"a":' * 50_000, b"NaN", b"\xff\xfe", b"{}")
+        whole = (
+            b"",
+            b"null",
+            b"[]",
+            b"1",
+            b'"nf4"',
+            b"{",
+            b"[" * 100_000,
+            b'{"a":' * 50_000,
+            b"NaN",
+            b"\xff\xfe",
+            b"{}",
+        )
         return choose(draw, (*whole, b"9" * 6000, b"{" + b" " * 10_000 + b"}"))
     elif kind == 6:
         return text[: draw(st.integers(0, len(text)))]
@@ -113,7 +177,12 @@ def hostile_state_dict(draw: Draw, w: pk.NF4Weight) -> dict[str, Any]:
 def from_state_dict(draw: Draw) -> None:
     """Read a hostile state_dict; what is read can be used, and is written back as it was."""
     state = hostile_state_dict(draw, Maker(draw).nf4())
-    names = (*NAMES, *state, STATE, *(f"weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")))
+    names = (
+        *NAMES,
+        *state,
+        STATE,
+        *(f"weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+    )
     with properties.unchanged(state):
         try:
             result = pk.NF4Weight.from_state_dict(state)
@@ -157,5 +226,8 @@ def _entry(function: Any, build: Any) -> Entry:
     return Entry(function, build, names=NAMES, differentiable=False, fixed=("code", "state2_code", "packed"))
 
 
-WEIGHTS = {"NF4Weight": _entry(construct, constructor_arguments), "NF4Weight.from_bitsandbytes": _entry(from_bitsandbytes, state_arguments)}
+WEIGHTS = {
+    "NF4Weight": _entry(construct, constructor_arguments),
+    "NF4Weight.from_bitsandbytes": _entry(from_bitsandbytes, state_arguments),
+}
 STATE_DICTS = {"NF4Weight.from_state_dict": from_state_dict, "nn.NF4Linear.load_state_dict": load_state_dict}

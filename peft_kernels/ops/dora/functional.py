@@ -48,7 +48,7 @@ def dora_norm(
     check_tensor("lora_a", lora_a)
     check_tensor("lora_b", lora_b)
     base, out_features = split_weight(weight, None)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES):
         raise ValueError(f"dtype must be a float dtype of 16 to 64 bits or None, got {dtype}")
     lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if isinstance(scaling, torch.Tensor) or torch.compiler.is_compiling():

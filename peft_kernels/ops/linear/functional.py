@@ -289,6 +289,7 @@ def fold_scaling(lora_b: torch.Tensor, scaling: float | torch.Tensor) -> torch.T
     To torch.compile the ops' own `scaling` is a constant: each new value would compile once more.
     """
     check_tensor("lora_b", lora_b)
+    check_dtype("lora_b", lora_b, FLOAT_DTYPES)
     check_memory("lora_b", lora_b)
     if not isinstance(scaling, torch.Tensor):
         check_finite("scaling", scaling)

@@ -100,7 +100,7 @@ def check_nf4_dequantize(base: BaseWeight, shape: Sequence[int], dtype: torch.dt
     """Argument contract of `nf4_dequantize`."""
     check_sizes("shape", shape)
     check_nf4_format(base, shape)
-    if dtype not in WEIGHT_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES:
         got = str(dtype).removeprefix("torch.")
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {got}; convert the result")
 

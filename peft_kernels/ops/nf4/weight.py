@@ -25,7 +25,15 @@ _LARGEST = torch.finfo(torch.float32).max
 _META: Mapping[str, type | UnionType] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _NESTED_META: Mapping[str, type | UnionType] = {"nested_offset": int | float, "nested_blocksize": int}
 _STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
-_QUANT_STATE = ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset")  # what is read of one
+_QUANT_STATE = (
+    "absmax",
+    "shape",
+    "code",
+    "blocksize",
+    "quant_type",
+    "dtype",
+    "offset",
+)  # what is read of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +99,7 @@ class NF4Weight:
             ("dtype", self.dtype, WEIGHT_DTYPES),
             ("quant_storage", self.quant_storage, _STORAGE_DTYPES),
         ):
-            if dtype not in allowed:
+            if not isinstance(dtype, torch.dtype) or dtype not in allowed:
                 wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
                 raise ValueError(f"{name} must be one of {wanted}, got {dtype}")
         check_sizes("shape", self.shape)
@@ -351,7 +359,9 @@ def _read_meta(key: str, entry: torch.Tensor) -> dict[str, Any]:
     for name, kind in kinds.items():
         value = meta.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} must be in {key}, a {kind}, got {str(value)[:200]!r}; load the file again")
+            raise ValueError(
+                f"{name} must be in {key}, a {kind}, got {str(value)[:200]!r}; load the file again"
+            )
     if meta["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {meta['dtype'][:200]!r}")
     if isinstance(offset := meta.get("nested_offset"), int) and abs(offset) > _LARGEST:
@@ -377,4 +387,6 @@ def _require_nf4(quant_type: str, code: torch.Tensor | None) -> None:
     check_dtype("code", code, (*WEIGHT_DTYPES, torch.float64))
     check_memory("code", code)
     if not torch.allclose(code.cpu().float(), table, rtol=0, atol=1e-6):
-        raise ValueError(f"code must be the NF4 table, got {(code + 0).tolist()}; quantise with quant_type='nf4'")
+        raise ValueError(
+            f"code must be the NF4 table, got {(code + 0).tolist()}; quantise with quant_type='nf4'"
+        )
