@@ -127,7 +127,8 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
     )
     if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize and not tensor._is_zerotensor():
         raise RuntimeError(
-            f"{name} must have memory, got a tensor whose storage was freed; gather the sharded parameter first"
+            f"{name} must have memory, got a tensor whose storage was freed; gather the sharded parameter "
+            "first"
         )
 
 

@@ -42,8 +42,8 @@ class LoRALinear(AdaptedLayer):
 
     Raises:
         TypeError: a size or `r` is not an int, or `lora_alpha` no number.
-        ValueError: one of them is not positive, `lora_dropout` is out of range, or `dtype` or `device` is none
-            that there is.
+        ValueError: one of them is not positive, `lora_dropout` is out of range, or there is no such dtype or
+            device.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
     """

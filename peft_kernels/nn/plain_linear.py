@@ -61,7 +61,7 @@ def new_linear(
 
 
 def check_place(device: object, dtype: object, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
-    """Require what parameters can be made with: a device that there is, and one of `dtypes`; None for torch's default."""
+    """Require what parameters can be made with: a device that there is, one of `dtypes`; or None."""
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in dtypes):
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"dtype must be one of {names}, or None, got {dtype!r}")

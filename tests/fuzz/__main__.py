@@ -68,9 +68,8 @@ def main() -> int:
         seconds = time.perf_counter() - begin
         total += given
         print(f"{name:50} {given:8,} inputs {given / seconds:8,.0f}/s", flush=True)
-    print(
-        f"{total:,} inputs in {time.perf_counter() - start:.0f} s, seed {arguments.seed}, {len(failed)} failed"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{total:,} inputs in {seconds:.0f} s, seed {arguments.seed}, {len(failed)} failed")
     return 1 if failed else 0
 
 

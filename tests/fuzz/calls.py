@@ -8,7 +8,6 @@ import torch
 from hypothesis import strategies as st
 
 import peft_kernels as pk
-from peft_kernels.core.library import native_library
 
 from . import properties
 from .odd import Draw, choose, odd
@@ -38,9 +37,9 @@ class Entry:
     Attributes:
         function: called with keywords.
         build: draws valid arguments; all of them, the absent ones as None.
-        exact: for these arguments, two functions of them in float64: to the result, and of their magnitudes to the
-            sum of the magnitudes of its terms; None where float64 is no judge of the call. Without it the
-            result has the reference's bits.
+        exact: for these arguments, two functions of them in float64: to the result, and of their magnitudes
+            to the sum of the magnitudes of its terms; None where float64 is no judge of the call. Without it
+            the result has the reference's bits.
         roundings: how many a term of the result passes through.
         in_halves: whether steps on the way are rounded to 16 bits where x is.
         may_return_input: whether these arguments make it return one of them.
@@ -99,8 +98,8 @@ def check_call(draw: Draw, entry: Entry) -> None:
 def may_differ(result: Any, expected: Any) -> bool:
     """Whether only one of an op's overloads is to take its arguments.
 
-    Kernels compute in float32: the public functions take float64 to the reference. And they do not look at the
-    memory of tensors whose values they do not need.
+    Kernels compute in float32: the public functions take float64 to the reference. And they do not look at
+    the memory of tensors whose values they do not need.
     """
     if isinstance(result, Refusal):
         return result.text.endswith("must be float32, bfloat16 or float16, got Double")
@@ -129,7 +128,7 @@ def compare(entry: Entry, arguments: Arguments, result: Any, expected: Any) -> N
     results = list(properties.tensors_in(result))
     if any(t.is_meta for t in results):
         return
-    if arguments.get("seed", 0) is None and not arguments.get("p", arguments.get("dropout_p")) == 0.0:
+    if arguments.get("seed", 0) is None and arguments.get("p", arguments.get("dropout_p")) != 0.0:
         return  # masks of a seed that was drawn
     if entry.exact is None:
         for one, other in zip(results, properties.tensors_in(expected), strict=True):

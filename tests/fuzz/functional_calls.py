@@ -22,7 +22,9 @@ def linear_arguments(draw: Draw) -> Arguments:
     lora = make.lora() if make.maybe() else {"lora_a": None, "lora_b": None}
     with_lora = lora["lora_a"] is not None
     return {
-        **{"x": make.x(), "weight": make.weight(), **lora},
+        "x": make.x(),
+        "weight": make.weight(),
+        **lora,
         "scaling": make.scaling() if with_lora else 1.0,
         "column_scale": make.optional(make.n),
         "input_scale": make.optional(make.k),
@@ -60,7 +62,10 @@ def ia3_arguments(draw: Draw) -> Arguments:
 def dora_arguments(draw: Draw) -> Arguments:
     make = Maker(draw)
     return {
-        **{"x": make.x(), "weight": make.weight(), **make.lora(), "magnitude": make.normal(make.n)},
+        "x": make.x(),
+        "weight": make.weight(),
+        **make.lora(),
+        "magnitude": make.normal(make.n),
         "scaling": make.scaling(),
         "bias": make.optional(make.n),
         **make.dropout(),
@@ -134,7 +139,7 @@ def roundings(a: Arguments) -> int:
 
 
 def polynomial(function: Any) -> Any:
-    """Of a function that is a polynomial in its arguments: the sum of magnitudes is its value for magnitudes."""
+    """Of a polynomial in its arguments: the sum of magnitudes is its value for magnitudes."""
 
     def formula(a: Arguments) -> Any:
         return function(**a)
@@ -172,7 +177,7 @@ def dora(original: Arguments) -> Any:
 
 
 def norm_of(original: Arguments) -> Any:
-    """`dora_norm`, whose error is relative to the result itself; a scaling tensor is multiplied into B first."""
+    """`dora_norm`: its error is relative to the result. A scaling tensor is multiplied into B first."""
     if isinstance(original["scaling"], torch.Tensor):
         return None
 

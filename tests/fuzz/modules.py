@@ -1,4 +1,4 @@
-"""Modules, models, optimiser groups and files: what builds or changes objects instead of returning tensors."""
+"""Modules, models, optimiser groups and files: what builds or changes objects."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from torch import nn
 import peft_kernels as pk
 
 from . import properties
-from .odd import FLOATS, INTS, NO_TENSORS, STRINGS, Draw, choose, odd, odd_tensor
+from .odd import FLOATS, INTS, NO_TENSORS, Draw, choose, odd, odd_tensor
 from .properties import Refusal
 from .weights import JSON_VALUES
 
@@ -328,7 +328,11 @@ def adapterhub(draw: Draw) -> None:
         try:
             checkpoint = pk.io.load_adapterhub(folder)
         except (ValueError, FileNotFoundError) as error:
-            assert type(error) in (ValueError, FileNotFoundError), repr(error)
+            refused = error
+        else:
+            refused = None
+        if refused is not None:
+            assert type(refused) in (ValueError, FileNotFoundError), repr(refused)
             named = (
                 str(folder),
                 "scaling",
@@ -339,7 +343,7 @@ def adapterhub(draw: Draw) -> None:
                 "config",
                 "encoder.layer.0.output",
             )
-            assert any(name in str(error) for name in named), f"names nothing: {error}"
+            assert any(name in str(refused) for name in named), f"names nothing: {refused}"
             return
         for module in checkpoint.modules.values():
             module(torch.zeros(1, 1, module.input_size, dtype=next(module.parameters()).dtype))
@@ -356,6 +360,8 @@ def _constructor(name: str) -> Callable[[Draw], None]:
 
 OBJECTS: dict[str, Callable[[Draw], None]] = {
     **{f"nn.{name}": _constructor(name) for name in MODULES},
-    **{"replace_layers": surgery, "trainable_parameters": count, "optim.loraplus_param_groups": optim},
+    "replace_layers": surgery,
+    "trainable_parameters": count,
+    "optim.loraplus_param_groups": optim,
     "io.load_adapterhub": adapterhub,
 }

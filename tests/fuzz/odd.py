@@ -59,7 +59,7 @@ SPECIAL = (0.0, -0.0, 1.0, 1e-40, -1e-38, 1e-30, 1e4, -1e4, math.inf, -math.inf,
 
 
 def choose(draw: Draw, choices: Sequence[Any]) -> Any:
-    """One of them. By index: hypothesis keeps what is given to `sampled_from`, and compares tensors by value."""
+    """One of them, by index: hypothesis keeps what `sampled_from` is given, and would compare tensors."""
     return choices[draw(st.integers(0, len(choices) - 1))]
 
 

@@ -152,7 +152,7 @@ def close(
     extra: float,
     inputs: Sequence[Any],
 ) -> None:
-    """`actual` is `exact` up to rounding: `numerics.bound`, and `extra` roundings of 16 bits relative to `magnitude`.
+    """`actual` is `exact` up to rounding: `numerics.bound`, and `extra` relative to `magnitude`.
 
     Where the exact result is NaN or infinite, `actual` is not finite either. Products that underflow are off
     by the smallest number of their dtype, times the factors that come after.
@@ -194,9 +194,9 @@ def _largest(value: Any) -> float:
 def extra(result: torch.Tensor, inputs: Sequence[Any]) -> float:
     """What 16-bit steps on the way to a result may add, relative to its magnitude.
 
-    With 16-bit x: x, or the weight, times a scale (1), the weight of an NF4 product (1), the result of torch's
-    GEMM (1), dropped x and the difference of two terms in DoRA (3), z kept for a gradient (1). A scaling tensor
-    is multiplied into B, in the dtype of B (1).
+    With 16-bit x: x, or the weight, times a scale (1), the weight of an NF4 product (1), the result of
+    torch's GEMM (1), dropped x and the difference of two terms in DoRA (3), z kept for a gradient (1). A
+    scaling tensor is multiplied into B, in the dtype of B (1).
     """
     halves = [t.dtype for t in (result, *inputs) if isinstance(t, torch.Tensor) and t.dtype.itemsize == 2]
     return max(
@@ -205,7 +205,7 @@ def extra(result: torch.Tensor, inputs: Sequence[Any]) -> float:
 
 
 def words(refusal: Refusal) -> str:
-    """An error without what depends on the backend: the overload's name, the source file, how memory ran out."""
+    """An error without what depends on the backend: overload, source file, how memory ran out."""
     if NO_MEMORY.search(refusal.text) or "must have memory" in refusal.text:
         return "memory"
     text = refusal.text.partition("\nDeclaration:")[0]

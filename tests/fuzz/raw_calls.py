@@ -51,14 +51,12 @@ def forward(draw: Draw) -> Arguments:
     make = Maker(draw, HALF_AND_SINGLE)
     x, lora = make.normal(make.m, make.k, dtype=make.dtype), adapter_of(make)
     return {
-        **{
-            "x": x,
-            **base(make),
-            "out_features": make.n,
-            **lora,
-            **scales(make),
-            "bias": make.optional(make.n),
-        },
+        "x": x,
+        **base(make),
+        "out_features": make.n,
+        **lora,
+        **scales(make),
+        "bias": make.optional(make.n),
         **dropout(make, lora["lora_a"] is not None),
         "save_preactivation": make.maybe(),
     }
@@ -71,7 +69,10 @@ def backward(draw: Draw) -> Arguments:
     return {
         "grad": make.normal(make.m, make.n, dtype=make.dtype),
         "x": make.normal(make.m, make.k, dtype=make.dtype),
-        **{**base(make), **lora, **scale, **dropout(make, has["lora_a"])},
+        **base(make),
+        **lora,
+        **scale,
+        **dropout(make, has["lora_a"]),
         "u": make.normal(make.m, make.r, dtype=torch.promote_types(make.dtype, torch.float32)),
         "z": make.normal(make.m, make.n, dtype=make.dtype),
         "need_x": make.maybe(),
@@ -88,15 +89,14 @@ def backward_input(draw: Draw) -> Arguments:
     low_rank = make.maybe()
     wide = torch.promote_types(make.dtype, torch.float32)
     return {
-        **{
-            "grad": make.normal(make.m, make.n, dtype=make.dtype),
-            **base(make, nf4=True),
-            "in_features": make.k,
-        },
+        "grad": make.normal(make.m, make.n, dtype=make.dtype),
+        **base(make, nf4=True),
+        "in_features": make.k,
         "column_scale": make.optional(make.n),
         "du": make.normal(make.m, make.r, dtype=wide) if low_rank else None,
         "lora_a": make.normal(make.r, make.k) if low_rank else None,
-        **{"input_scale": make.optional(make.k), **dropout(make, low_rank)},
+        "input_scale": make.optional(make.k),
+        **dropout(make, low_rank),
     }
 
 
@@ -114,10 +114,14 @@ def norm(draw: Draw) -> Arguments:
 def operands(make: Maker, n: int) -> Arguments:
     """What both ops of the bottleneck adapter take."""
     return {
-        **{"down_weight": make.normal(make.r, make.k), "down_bias": make.optional(make.r)},
-        **{"up_weight": make.normal(n, make.r), "up_bias": make.optional(n)},
-        **{"activation": make.pick(range(7)), "scaling": make.pick((1.0, -2.0))},
-        **{"scale": make.pick((None, make.normal(1), make.normal(n))), "gate": make.optional(make.m)},
+        "down_weight": make.normal(make.r, make.k),
+        "down_bias": make.optional(make.r),
+        "up_weight": make.normal(n, make.r),
+        "up_bias": make.optional(n),
+        "activation": make.pick(range(7)),
+        "scaling": make.pick((1.0, -2.0)),
+        "scale": make.pick((None, make.normal(1), make.normal(n))),
+        "gate": make.optional(make.m),
         **dropout(make, True),
     }
 
@@ -137,7 +141,9 @@ def adapter_backward(draw: Draw) -> Arguments:
     return {
         "grad": make.normal(make.m, n),
         "grad_down": make.optional(make.m, make.r, dtype=make.dtype),
-        **{"hidden": make.normal(make.m, make.k, dtype=make.dtype), **both, "residual_is_hidden": same},
+        "hidden": make.normal(make.m, make.k, dtype=make.dtype),
+        **both,
+        "residual_is_hidden": same,
         **{f"need_{name}": make.maybe() for name in ("hidden", "down_weight")},
         "need_down_bias": both["down_bias"] is not None and make.maybe(),
         "need_up_weight": make.maybe(),
