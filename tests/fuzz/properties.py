@@ -185,7 +185,12 @@ def close(
 
 def _largest(value: Any) -> float:
     """The largest finite magnitude in an input."""
-    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.numel():
+    if (
+        isinstance(value, torch.Tensor)
+        and value.dtype.is_floating_point
+        and value.numel()
+        and not value.is_meta
+    ):
         numbers = value.detach().double()
         return float(numbers.where(numbers.isfinite(), 0.0).abs().max())
     return abs(float(value)) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
