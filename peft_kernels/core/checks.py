@@ -81,8 +81,10 @@ def check_size(name: str, value: object) -> None:
     """Require a number of features or the like: a positive int."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {_shown(value)}")
-    if not 0 < value < 2**62:
-        raise ValueError(f"{name} must be positive and below 2^62, got {_shown(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value >= 2**62:
+        raise ValueError(f"{name} must be below 2^62, got {_shown(value)}")
 
 
 def check_finite(name: str, value: float) -> None:

@@ -117,10 +117,12 @@ class BottleneckAdapter(nn.Module):
             ("use_gating", use_gating),
         ):
             check_flag(flag, value)
-        if not reduction_factor > 0 or input_size / reduction_factor >= 2**31:
+        if not reduction_factor > 0:
+            raise ValueError(f"reduction_factor must be positive, got {reduction_factor}")
+        if input_size / reduction_factor >= 2**31:
             raise ValueError(
-                "reduction_factor must be positive, and not so small that the rank "
-                f"input_size / reduction_factor exceeds 2^31, got {reduction_factor}"
+                "reduction_factor must not be so small that the rank input_size / reduction_factor exceeds "
+                f"2^31, got {reduction_factor}"
             )
         if not isinstance(non_linearity, str) and not callable(non_linearity):
             raise TypeError(f"non_linearity must be a name or a callable, got {non_linearity!r}")

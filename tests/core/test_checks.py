@@ -108,9 +108,11 @@ def test_size_of_another_type(value: object) -> None:
         checks.check_size("r", value)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2**62])
+@pytest.mark.parametrize("value", [0, -1])
 def test_size_out_of_range(value: int) -> None:
-    with pytest.raises(ValueError, match=f"^r must be positive and below 2\\^62, got {value}$"):
+    with pytest.raises(ValueError, match=r"^r must be below 2\^62, got 4611686018427387904$"):
+        checks.check_size("r", 2**62)
+    with pytest.raises(ValueError, match=f"^r must be positive, got {value}$"):
         checks.check_size("r", value)
 
 

@@ -17,6 +17,7 @@ Arguments = dict[str, Any]
 Formula = Callable[[Arguments], torch.Tensor | tuple[torch.Tensor, ...]]
 
 PARTS_OF_A_WEIGHT = (
+    "weight",
     *(
         "packed",
         "packed weight",

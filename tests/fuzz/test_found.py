@@ -87,7 +87,7 @@ FOUND: list[tuple[Callable[[], Any], str]] = [
         "device must be one that torch has here, got 'nowhere'",
     ),
     (lambda: pk.nn.NF4Linear(8, 8, device=[]), "device must be a torch.device or its name"),  # type: ignore[arg-type]
-    (lambda: pk.nn.BottleneckAdapter(8, 1e-320), "reduction_factor must be positive, and not so small"),
+    (lambda: pk.nn.BottleneckAdapter(8, 1e-320), "reduction_factor must not be so small"),
     (lambda: pk.nn.BottleneckAdapter(8, non_linearity=3), "non_linearity must be a name or a callable"),  # type: ignore[arg-type]
     (lambda: pk.nn.BottleneckAdapter(8, use_gating="no"), "use_gating must be True or False"),  # type: ignore[arg-type]
 ]
