@@ -68,23 +68,23 @@ def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.
 def check_integer(name: str, value: object) -> None:
     """Require `value` to be a whole number; a float with such a value is none."""
     if not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
     """Require True or False: what counts as true of anything else is a guess."""
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_size(name: str, value: object) -> None:
     """Require a number of features or the like: a positive int."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
     if value >= 2**62:
-        raise ValueError(f"{name} must be below 2^62, got {_shown(value)}")
+        raise ValueError(f"{name} must be below 2^62, got {shown(value)}")
 
 
 def check_finite(name: str, value: float) -> None:
@@ -92,23 +92,23 @@ def check_finite(name: str, value: float) -> None:
     # math.isfinite cannot be traced by torch.compile
     finite = _holds(name, value, lambda number: -math.inf < number < math.inf)
     if not finite or (isinstance(value, int) and abs(value) > sys.float_info.max):
-        raise ValueError(f"{name} must be finite, got {_shown(value)}")
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
 
 
 def check_probability(name: str, value: float) -> None:
     """Require 0 <= `value` < 1."""
     if not _holds(name, value, lambda number: 0.0 <= number < 1.0):
-        raise ValueError(f"{name} must be in [0, 1), got {_shown(value)}")
+        raise ValueError(f"{name} must be in [0, 1), got {shown(value)}")
 
 
 def check_sizes(name: str, shape: Sequence[int]) -> None:
     """Require the shape of a tensor: whole numbers, none negative."""
     if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence of ints, got {_shown(shape)}")
+        raise TypeError(f"{name} must be a sequence of ints, got {shown(shape)}")
     elements = 1
     for size in shape:
         if not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be a sequence of ints, got {_shown(size)} in it")
+            raise TypeError(f"{name} must be a sequence of ints, got {shown(size)} in it")
         if size < 0:
             raise ValueError(f"{name} must have no negative size, got {size}")
         if isinstance(size, int):
@@ -141,10 +141,10 @@ def _holds(name: str, value: Any, condition: Callable[[float], bool]) -> bool:
             return bool(condition(value))
         except (TypeError, ValueError):  # no number; an array of them
             pass
-    raise TypeError(f"{name} must be a number, got {_shown(value)}")
+    raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in an error, cut where it is long; an int of more digits than Python prints by its size."""
     if isinstance(value, int) and abs(value) >= 2**64:
         return f"an int of {value.bit_length()} bits"

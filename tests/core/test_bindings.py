@@ -40,6 +40,15 @@ def dequantize(shape: list[int]) -> Any:
     return OPS.nf4_dequantize(packed, absmax, None, None, None, 0, 64, shape, torch.float32)
 
 
+def backward(**changes: Any) -> Any:
+    """`adapted_linear_backward` with valid arguments, dx alone wanted, but for `changes`."""
+    valid = ForwardArgs(*arguments()[:-1])
+    kept = {"u": torch.ones(M, R), "z": torch.ones(M, N)} | changes
+    rest = (valid.column_scale, valid.input_scale, valid.dropout_p, valid.seed, *kept.values())
+    needs = (True, False, False, False, False, False)
+    return OPS.adapted_linear_backward(torch.ones(M, N), *valid[:8], *valid[9:12], *rest, *needs)
+
+
 def adapter(**changes: Any) -> Any:
     """`bottleneck_adapter` with valid arguments, but for `changes`."""
     weights = {"down_weight": torch.ones(2, 4), "down_bias": None, "up_weight": torch.ones(4, 2)} | changes
@@ -110,6 +119,8 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str | None)
             lambda: OPS.adapted_linear(*arguments(dropout_p=0.0, seed=freed(dtype=torch.int64))),
             "seed must have",
         ),
+        (lambda: backward(u=torch.ones(M, R, device="meta")), "u must be on the device of x"),
+        (lambda: backward(z=torch.ones(M, N, device="meta")), "z must be on the device of x"),
         (lambda: dequantize([-8, -64]), "shape must have sizes of 0 and more"),
         (lambda: dequantize([2**63 - 1]), "shape must have .* fewer than 2.62 elements"),
         (lambda: adapter(down_weight=torch.ones(2, 4).half()), "down_weight must be Float"),
@@ -117,7 +128,7 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str | None)
     ],
 )
 def test_other_ops_refuse_bad_arguments(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         call()
 
 

@@ -26,6 +26,7 @@ REQUIREMENT = re.compile(
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|no memory for|Storage size calculation overflowed"
 )
+OF_INFERENCE = "Inference tensors cannot be saved for backward"
 COMPARED_UP_TO = (
     1e6  # larger inputs may overflow between two products; then only the kind of result is checked
 )
@@ -105,7 +106,7 @@ def refuse(refusal: Refusal, names: Sequence[str]) -> None:
     error, text = refusal.error, refusal.text
     if type(error) is RuntimeError and NO_MEMORY.search(text):
         return  # for more than any machine has: `odd.HUGE`
-    if text.startswith("Inference tensors cannot be saved for backward"):
+    if OF_INFERENCE in text:
         return  # autograd's own words
     problem = f"{type(error).__name__}: {text[:600]}"
     assert type(error) in (*DOCUMENTED, KeyError), f"an undocumented error: {problem}"

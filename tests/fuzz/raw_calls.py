@@ -177,6 +177,7 @@ def in_float64(op_name: str) -> Callable[[Arguments], Any]:
         n = a["out_features"] if "out_features" in a else a["grad"].shape[1]
         k = (a["x"] if "x" in a else a["lora_a"]).shape[1]
         parts = BaseWeight(*(a[name] for name in BaseWeight._fields))
+        parts = parts._replace(nested_blocksize=int(parts.nested_blocksize), blocksize=int(parts.blocksize))
         code = nf4_code(torch.device("cpu")).double()[unpack(parts.weight, n * k)]
         weight = code * dequantize_absmax(parts).repeat_interleave(parts.blocksize)[: n * k]
         parts = BaseWeight((weight.abs() if absolute else weight).reshape(n, k), None, None, None, None, 0, 0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_dtype, check_memory, check_shape, check_sizes, check_tensor
+from peft_kernels.core.checks import check_dtype, check_memory, check_shape, check_sizes, check_tensor, shown
 from peft_kernels.ops.nf4.reference import nf4_code
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_dequantize, check_nf4_format
 
@@ -369,11 +369,11 @@ def _read_meta(key: str, entry: torch.Tensor) -> dict[str, Any]:
     return meta
 
 
-def _require_nf4(quant_type: str, code: torch.Tensor | None) -> None:
+def _require_nf4(quant_type: object, code: torch.Tensor | None) -> None:
     """Refuse FP4 and unknown code tables by name."""
-    if quant_type != "nf4":
+    if not (isinstance(quant_type, str) and quant_type == "nf4"):
         raise ValueError(
-            f"quant_type must be 'nf4', got {quant_type!r}, which peft_kernels does not support; "
+            f"quant_type must be 'nf4', got {shown(quant_type)}, which peft_kernels does not support; "
             "quantise with quant_type='nf4' (bnb_4bit_quant_type='nf4')"
         )
     # A file's table may differ in the last bit: some were made with scipy. bitsandbytes does not read it.
