@@ -190,6 +190,7 @@ def check_adapted_linear(args: ForwardArgs) -> None:
 def check_adapted_linear_backward(args: BackwardArgs) -> None:
     """Argument contract of `adapted_linear_backward`."""
     grad, x = args.grad, args.x
+    check_shape("x", x, "[M, K]", (None, None))
     check_dtype("grad", grad, (x.dtype,))
     check_shape("grad", grad, "[M, N]", (x.shape[0], None))
     check_device("grad", grad, "x", x)
