@@ -5,9 +5,11 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
+from peft_kernels.core.checks import check_flag
 from peft_kernels.functional import ia3_linear
 from peft_kernels.nn.adapted_layer import ADAPTER, AdaptedLayer, as_base_layer
 from peft_kernels.nn.nf4_linear import NF4Linear
+from peft_kernels.nn.plain_linear import new_linear
 
 
 class IA3Linear(AdaptedLayer):
@@ -52,7 +54,7 @@ class IA3Linear(AdaptedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._init(nn.Linear(in_features, out_features, bias, device, dtype), feedforward)
+        self._init(new_linear(in_features, out_features, bias, device, dtype), feedforward)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | NF4Linear, *, feedforward: bool = False) -> Self:
@@ -72,6 +74,7 @@ class IA3Linear(AdaptedLayer):
         return layer.train(linear.training)
 
     def _init(self, base_layer: nn.Linear | NF4Linear, feedforward: bool) -> None:
+        check_flag("feedforward", feedforward)
         super().__init__(base_layer)
         self.feedforward = feedforward
         weight = base_layer.weight
