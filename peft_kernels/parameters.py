@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
-from peft_kernels.core.checks import check_module
+from peft_kernels.core.checks import check_module, check_sizes
 from peft_kernels.core.text import as_text
 from peft_kernels.nn import NF4Linear
 
@@ -149,12 +149,13 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Par
 
 def _size(module: nn.Module, parameter: nn.Parameter) -> int:
     """How many numbers a parameter stands for."""
-    if isinstance(module, NF4Linear) and parameter is module.weight:
+    if isinstance(module, NF4Linear) and parameter is module._parameters.get("weight"):
         return module.out_features * module.in_features
     quant_state = getattr(parameter, "quant_state", None)  # of bitsandbytes, once it is quantised
     if quant_state is None and parameter is module._parameters.get("weight"):
         quant_state = getattr(module, "quant_state", None)  # FSDP's shards have none
     if quant_state is not None:
+        check_sizes("quant_state.shape", quant_state.shape)
         return math.prod(quant_state.shape)
     zero3: int = getattr(parameter, "ds_numel", 0)  # DeepSpeed's ZeRO-3 leaves an empty tensor on each worker
     return parameter.numel() or zero3

@@ -41,7 +41,8 @@ struct Operands {
     check_vector("up_bias", up_bias, out_features);
     check_vector("gate", gate, tokens);
     if (scale) check_vector("scale", scale, scale->numel() == 1 ? 1 : out_features);
-    for (const Tensor* weight : {&down_weight, &up_weight}) check_float32_or_like_hidden("weights", *weight);
+    check_float32_or_like_hidden("down_weight", down_weight);
+    check_float32_or_like_hidden("up_weight", up_weight);
     STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kTanh),
                     "activation must be from 0 to ", static_cast<int64_t>(cpu::Activation::kTanh), ", got ",
                     activation);

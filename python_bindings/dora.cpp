@@ -30,7 +30,7 @@ Tensor dora_norm(const Tensor& weight_, const OptionalTensor& absmax, const Opti
   std::optional<NF4Parts> nf4;
   if (absmax) {
     nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                checked_product(out_features, problem.in_features));
+                checked_product("weight", out_features, problem.in_features));
     problem.nf4 = cpu_weight(*nf4);
   } else {
     check_shape("weight", weight, {out_features, problem.in_features});

@@ -5,9 +5,11 @@ namespace peft_kernels::bindings {
 namespace {
 
 Tensor philox_dropout(const Tensor& x_, double p, const Tensor& seed) {
-  const Tensor x = as_contiguous(x_);
+  const Tensor x = as_contiguous(defined("x", x_));
+  const cpu::Array values = array("x", x);  // checked before memory is allocated
+  const cpu::Dropout dropout = make_dropout(p, seed, "p");
   Tensor out = empty(x, x.sizes(), x.scalar_type());
-  cpu::kernels().philox_dropout(array("x", x), x.numel(), make_dropout(p, seed), output(out), torch_threads());
+  cpu::kernels().philox_dropout(values, x.numel(), dropout, output(out), torch_threads());
   return out;
 }
 

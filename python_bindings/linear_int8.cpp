@@ -15,7 +15,7 @@ Tensor nf4_linear_int8(const Tensor& x_, const Tensor& packed, const Tensor& abs
   STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features, ", ",
                   in_features, "]");
   const NF4Parts nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                     checked_product(out_features, in_features));
+                     checked_product("weight", out_features, in_features));
   const OptionalTensor bias = as_contiguous(bias_);
   if (bias) {
     check_shape("bias", *bias, {out_features});

@@ -27,7 +27,7 @@ struct Operands {
            const OptionalTensor& seed_, bool reads_x, Place place_)
       : place(place_),
         out_features(out_features_),
-        x(reads_x ? as_contiguous(x_) : x_),
+        x(reads_x ? as_contiguous(defined("x", x_)) : defined("x", x_)),
         dtype(dtype_of("x", x.scalar_type())),
         lora_a(as_contiguous(lora_a_)),
         lora_b(as_contiguous(lora_b_)),
@@ -45,10 +45,11 @@ struct Operands {
                     ", ", in_features, "]");
     if (absmax) {
       nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                  checked_product(out_features, in_features), place);
+                  checked_product("weight", out_features, in_features), place);
     } else {
       check_shape("weight", weight, {out_features, in_features}, place);
       check_dtype("weight", weight, x.scalar_type());
+      data_of("weight", weight);  // there is some: a GEMM would not look
       dense_weight = weight;
     }
     STD_TORCH_CHECK(std::isfinite(scaling_), "scaling must be finite, got ", scaling_);

@@ -22,7 +22,7 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Optional
                       const OptionalTensor& nested_code, const OptionalTensor& nested_offset, int64_t nested_blocksize,
                       int64_t blocksize, const std::vector<int64_t>& shape, ScalarType dtype) {
   int64_t count = 1;
-  for (const int64_t size : shape) count = checked_product(count, size);
+  for (const int64_t size : shape) count = checked_product("shape", count, size);
   const NF4Parts nf4(packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize, count);
   dtype_of("dtype", dtype);  // checked before memory is allocated
   Tensor out = empty(packed, shape, dtype);

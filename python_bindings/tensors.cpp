@@ -12,18 +12,19 @@ int blocksize_log2(const char* name, int64_t blocksize) {
   return std::countr_zero(static_cast<uint64_t>(blocksize));
 }
 
-bool check_dropout(double p, const OptionalTensor& seed, Place place) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+bool check_dropout(double p, const OptionalTensor& seed, Place place, const char* name) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, name, " must be in [0, 1), got ", p);
   if (seed) {
     check_shape("seed", *seed, {}, place);
     check_dtype("seed", *seed, ScalarType::Long);
+    data_of("seed", *seed);
   }
-  STD_TORCH_CHECK(p == 0.0 || seed, "seed must be given when dropout_p > 0; pass an int64 0-dim tensor");
+  STD_TORCH_CHECK(p == 0.0 || seed, "seed must be given when ", name, " > 0; pass an int64 0-dim tensor");
   return p > 0.0;
 }
 
-cpu::Dropout make_dropout(double p, const OptionalTensor& seed) {
-  if (!check_dropout(p, seed)) return {};
+cpu::Dropout make_dropout(double p, const OptionalTensor& seed, const char* name) {
+  if (!check_dropout(p, seed, Place::kCpu, name)) return {};
   return {static_cast<uint64_t>(*data_of<int64_t>("seed", *seed)), dropout_threshold(p), dropout_scale(p)};
 }
 

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -43,6 +44,12 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// A tensor that is there: the dispatcher lets None pass for one.
+inline const Tensor& defined(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.defined(), name, " must be a tensor, got None");
+  return t;
+}
+
 // Whether a tensor is on a GPU. A test build of the CUDA bindings runs them in an emulator, on the CPU's tensors.
 inline bool on_gpu(const Tensor& t) {
 #ifdef PEFT_KERNELS_EMULATED_CUDA
@@ -63,6 +70,7 @@ class Place {
   }
 
   void check(const char* name, const Tensor& t) const {
+    defined(name, t);
     if (!gpu_) {
       STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the op's other arguments; move it with .cpu()");
       return;
@@ -139,22 +147,23 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return explained("no memory for a result", [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
-// a * b, refused where it does not fit: sizes come from the caller.
-inline int64_t checked_product(int64_t a, int64_t b) {
+// a * b, refused where counts of bytes or blocks, a little more, might not fit: sizes come from the caller.
+inline int64_t checked_product(const char* name, int64_t a, int64_t b) {
   int64_t product = 0;
-  STD_TORCH_CHECK(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product),
-                  "weight must have at most 2^63 elements, got ", a, " x ", b);
+  STD_TORCH_CHECK(
+      a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &product) && product < std::numeric_limits<int64_t>::max() / 2,
+      name, " must have sizes of 0 and more and fewer than 2^62 elements, got ", a, " x ", b);
   return product;
 }
 
 // Philox dropout with probability p needs a seed. Whether it is active: not for p = 0.
-bool check_dropout(double p, const OptionalTensor& seed, Place place = Place::kCpu);
+bool check_dropout(double p, const OptionalTensor& seed, Place place = Place::kCpu, const char* name = "dropout_p");
 
 // The integer below which a random word drops its element, and what the others are multiplied by.
 inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 0x1p32); }
 inline float dropout_scale(double p) { return static_cast<float>(1.0 / (1.0 - p)); }
 
-cpu::Dropout make_dropout(double p, const OptionalTensor& seed);
+cpu::Dropout make_dropout(double p, const OptionalTensor& seed, const char* name = "dropout_p");
 
 // Contiguous tensors of an NF4 weight with `count` elements, checked.
 struct NF4Parts {

@@ -1,4 +1,8 @@
 // Which instruction set's kernels run: decided once, at the first use.
+#if defined(PEFT_KERNELS_X86_64)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -29,6 +33,14 @@ extern const Kernels kTable;
 
 namespace {
 
+#if defined(PEFT_KERNELS_X86_64)
+// __builtin_cpu_supports, but for a name that clang 14 does not know.
+bool has_f16c() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // Each set this processor runs, best last.
 struct Available {
   std::vector<const Kernels*> tables;
@@ -41,8 +53,8 @@ struct Available {
   Available() {
     add(&portable::kTable);
 #if defined(PEFT_KERNELS_X86_64)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) add(&avx2::kTable);

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from peft_kernels.core.checks import check_memory, check_tensor
 from peft_kernels.core.gpu import on_device, why_no_gpu
 from peft_kernels.core.library import native_library
 
@@ -82,7 +83,7 @@ def reference_kernel(op_name: str) -> Callable[[Callable[..., Any]], Callable[..
     """Decorator: register a plain PyTorch function as the default kernel of `peft_kernels::<op_name>`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        kernel = _without_autocast(function)
+        kernel = _in_memory(op_name, _without_autocast(function))
         for overload in (f"peft_kernels::{op_name}", f"peft_kernels::{op_name}.reference"):
             torch.library.impl(overload, "default", kernel)
         return kernel
@@ -206,6 +207,24 @@ def _launcher(op_name: str, module: str) -> Callable[..., Any]:
             return getattr(importlib.import_module(module), op_name)(tensor, *args)
 
     return launcher
+
+
+def _in_memory(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which requires its tensors to have memory, as native kernels do for themselves."""
+    arguments = getattr(torch.ops.peft_kernels, op_name).default._schema.arguments
+    tensors = [
+        (i, a.name, str(a.type) == "Tensor") for i, a in enumerate(arguments) if "Tensor" in str(a.type)
+    ]
+
+    @functools.wraps(function)
+    def kernel(*args: Any) -> Any:
+        for index, name, required in tensors:
+            if required or args[index] is not None:  # the dispatcher lets None pass for any tensor
+                check_tensor(name, args[index])
+                check_memory(name, args[index])
+        return function(*args)
+
+    return kernel
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,15 +1,19 @@
 """Argument checks with one style of message: the argument, what it must be, what it is, and the remedy."""
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 
 
 def check_tensor(name: str, value: object, remedy: str = "") -> None:
-    """Require `value` to be a tensor."""
+    """Require `value` to be a dense tensor."""
     if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {value.layout}; use .to_dense()")
         return
     if not remedy:
         remedy = (
@@ -64,23 +68,90 @@ def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.
 def check_integer(name: str, value: object) -> None:
     """Require `value` to be a whole number; a float with such a value is none."""
     if not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Require True or False: what counts as true of anything else is a guess."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def check_size(name: str, value: object) -> None:
+    """Require a number of features or the like: a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value >= 2**62:
+        raise ValueError(f"{name} must be below 2^62, got {shown(value)}")
 
 
 def check_finite(name: str, value: float) -> None:
-    """Require `value` to be a finite number."""
-    try:
-        finite = -math.inf < value < math.inf  # math.isfinite cannot be traced by torch.compile
-    except TypeError:
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not finite:
-        raise ValueError(f"{name} must be finite, got {value}")
+    """Require `value` to be a finite number, of a size that a float has."""
+    # math.isfinite cannot be traced by torch.compile
+    finite = _holds(name, value, lambda number: -math.inf < number < math.inf)
+    if not finite or (isinstance(value, int) and abs(value) > sys.float_info.max):
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
 
 
 def check_probability(name: str, value: float) -> None:
     """Require 0 <= `value` < 1."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not _holds(name, value, lambda number: 0.0 <= number < 1.0):
+        raise ValueError(f"{name} must be in [0, 1), got {shown(value)}")
+
+
+def check_sizes(name: str, shape: Sequence[int]) -> None:
+    """Require the shape of a tensor: whole numbers, none negative."""
+    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of ints, got {shown(shape)}")
+    elements = 1
+    for size in shape:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be a sequence of ints, got {shown(size)} in it")
+        if size < 0:
+            raise ValueError(f"{name} must have no negative size, got {size}")
+        if isinstance(size, int):
+            elements *= max(size, 1)
+    if elements >= 2**62:  # sizes of blocks and bytes are computed from it in 64 bits
+        raise ValueError(f"{name} must have fewer than 2^62 elements, got {elements}")
+
+
+def check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Require the elements of a dense tensor to be in memory; FSDP frees that of its parameters between uses.
+
+    Torch's own operations read past the end of such a tensor.
+    """
+    if torch.compiler.is_compiling() or tensor.numel() == 0 or tensor.is_meta:
+        return
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize and not tensor._is_zerotensor():
+        raise RuntimeError(
+            f"{name} must have memory, got a tensor whose storage was freed; gather the sharded parameter "
+            "first"
+        )
+
+
+def _holds(name: str, value: Any, condition: Callable[[float], bool]) -> bool:
+    """Whether `value`, which must be a number, meets a condition."""
+    if not isinstance(value, torch.Tensor):
+        try:
+            return bool(condition(value))
+        except (TypeError, ValueError):  # no number; an array of them
+            pass
+    raise TypeError(f"{name} must be a number, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value in an error, cut where it is long; an int of more digits than Python prints by its size."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"an int of {value.bit_length()} bits"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _hint(remedy: str) -> str:

@@ -239,6 +239,8 @@ def _require_options(location: str, module: BottleneckAdapter, options: Mapping[
     factors = options.get("reduction_factor", 16)
     factors = list(factors.values()) if isinstance(factors, Mapping) else [factors]
     size = module.adapter_up.out_features
+    if not all(isinstance(factor, (int, float)) and factor > 0 for factor in factors):
+        raise ValueError(f"config reduction_factor must be positive, got {options['reduction_factor']!r}")
     if module.down_sample not in [max(1, int(size // factor)) for factor in factors]:
         raise ValueError(
             f"config reduction_factor must make a rank of {module.down_sample} from {size} features at "

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from peft_kernels.core.checks import check_finite, check_integer, check_probability
+from peft_kernels.core.checks import check_finite, check_flag, check_probability, check_size
 from peft_kernels.functional import bottleneck_adapter
+from peft_kernels.nn.plain_linear import check_place
 from peft_kernels.ops.adapter.functional import LayerNorm, activation_name
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
@@ -106,13 +107,27 @@ class BottleneckAdapter(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_integer("input_size", input_size)
+        check_size("input_size", input_size)
         check_finite("reduction_factor", reduction_factor)
         check_probability("dropout", dropout)
-        if input_size < 1 or reduction_factor <= 0:
+        check_place(device, dtype)
+        for flag, value in (
+            ("is_parallel", is_parallel),
+            ("ln_before", ln_before),
+            ("ln_after", ln_after),
+            ("adapter_residual_before_ln", adapter_residual_before_ln),
+            ("use_gating", use_gating),
+        ):
+            check_flag(flag, value)
+        if not reduction_factor > 0:
+            raise ValueError(f"reduction_factor must be positive, got {reduction_factor}")
+        if input_size / reduction_factor >= 2**31:
             raise ValueError(
-                f"input_size and reduction_factor must be positive, got {input_size} and {reduction_factor}"
+                "reduction_factor must not be so small that the rank input_size / reduction_factor exceeds "
+                f"2^31, got {reduction_factor}"
             )
+        if not isinstance(non_linearity, str) and not callable(non_linearity):
+            raise TypeError(f"non_linearity must be a name or a callable, got {non_linearity!r}")
         if isinstance(non_linearity, str) and activation_name(non_linearity) is None:
             raise ValueError(
                 f"non_linearity must be a name that bottleneck_adapter knows, got {non_linearity!r}; "

@@ -5,9 +5,11 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
+from peft_kernels.core.checks import check_flag
 from peft_kernels.functional import ia3_linear
 from peft_kernels.nn.adapted_layer import ADAPTER, AdaptedLayer, as_base_layer
 from peft_kernels.nn.nf4_linear import NF4Linear
+from peft_kernels.nn.plain_linear import new_linear
 
 
 class IA3Linear(AdaptedLayer):
@@ -37,6 +39,10 @@ class IA3Linear(AdaptedLayer):
         device: where to make it.
         dtype: of the base layer, a new `nn.Linear`; `from_linear` takes over an existing one.
 
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a size, `device` or `dtype` is one that a layer cannot have.
+
     Source: IA3, arXiv 2205.05638, section 3.3.
     """
 
@@ -52,7 +58,7 @@ class IA3Linear(AdaptedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._init(nn.Linear(in_features, out_features, bias, device, dtype), feedforward)
+        self._init(new_linear(in_features, out_features, bias, device, dtype), feedforward)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | NF4Linear, *, feedforward: bool = False) -> Self:
@@ -72,6 +78,7 @@ class IA3Linear(AdaptedLayer):
         return layer.train(linear.training)
 
     def _init(self, base_layer: nn.Linear | NF4Linear, feedforward: bool) -> None:
+        check_flag("feedforward", feedforward)
         super().__init__(base_layer)
         self.feedforward = feedforward
         weight = base_layer.weight

@@ -6,10 +6,11 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
-from peft_kernels.core.checks import check_probability
+from peft_kernels.core.checks import check_finite, check_flag, check_probability, check_size
 from peft_kernels.functional import adapted_linear
 from peft_kernels.nn.adapted_layer import ADAPTER, AdaptedLayer, as_base_layer
 from peft_kernels.nn.nf4_linear import NF4Linear
+from peft_kernels.nn.plain_linear import new_linear
 
 
 class LoRALinear(AdaptedLayer):
@@ -42,8 +43,9 @@ class LoRALinear(AdaptedLayer):
         dtype: of the base layer, a new `nn.Linear`; `from_linear` takes over an existing one.
 
     Raises:
-        TypeError: `r` is not an int.
-        ValueError: `r` is not positive, or `lora_dropout` is out of range.
+        TypeError: a size or `r` is not an int, or `lora_alpha` no number.
+        ValueError: one of them is not positive, `lora_dropout` is out of range, or there is no such dtype or
+            device.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
     """
@@ -66,7 +68,7 @@ class LoRALinear(AdaptedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        base_layer = nn.Linear(in_features, out_features, bias, device, dtype)
+        base_layer = new_linear(in_features, out_features, bias, device, dtype)
         self._init(base_layer, r, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
@@ -107,11 +109,10 @@ class LoRALinear(AdaptedLayer):
         lora_dropout: float,
         use_rslora: bool,
     ) -> None:
-        if not isinstance(r, int):
-            raise TypeError(f"r must be an int, got {r!r}")
-        if r < 1:
-            raise ValueError(f"r must be positive, got {r}")
+        check_size("r", r)
+        check_finite("lora_alpha", lora_alpha)
         check_probability("lora_dropout", lora_dropout)
+        check_flag("use_rslora", use_rslora)
         super().__init__(base_layer)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from peft_kernels.functional import nf4_linear, nf4_quantize
-from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, require_plain
+from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, new_linear, require_plain
 from peft_kernels.ops.linear.schema import check_activation
 from peft_kernels.ops.nf4.functional import require_nf4_weight
+from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
 
 _STATISTICS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -70,7 +71,7 @@ class NF4Linear(nn.Module):
         activation: str | None = None,
     ) -> None:
         check_activation(activation)
-        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        linear = new_linear(in_features, out_features, bias, device, dtype, WEIGHT_DTYPES)
         self._init(nf4_quantize(linear.weight, blocksize, double_quant), linear.bias)
         self.activation = activation
 
@@ -208,7 +209,7 @@ class NF4Linear(nn.Module):
         if prefix + "weight" in own:
             try:
                 self._load_weight(NF4Weight.from_state_dict(own, prefix), local_metadata)
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 error_msgs.append(f"{prefix}weight: {error.args[0]}")
             rest[prefix + "weight"] = self.weight
         super()._load_from_state_dict(

@@ -1,8 +1,13 @@
 """Which linear layers may be taken apart: those that compute x W^T + bias and nothing else."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from peft_kernels.core.checks import check_flag, check_size
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 
 _REMEDY = "merge or unload an adapter first, restore_layers(model) a fused layer"
 
@@ -62,6 +67,42 @@ def is_linear4bit(module: object) -> bool:
         and has_forward_of(module, base)
         for base in type(module).__mro__
     )
+
+
+def new_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> nn.Linear:
+    """`nn.Linear` of checked options.
+
+    Raises:
+        TypeError: a size is no int, or `bias` no bool.
+        ValueError: a size is not positive, `dtype` none of `dtypes`, or `device` unknown.
+    """
+    check_size("in_features", in_features)
+    check_size("out_features", out_features)
+    check_flag("bias", bias)
+    check_place(device, dtype, dtypes)
+    return nn.Linear(in_features, out_features, bias, device, dtype)
+
+
+def check_place(device: object, dtype: object, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """Require what parameters can be made with: a device that there is, one of `dtypes`; or None."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in dtypes):
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"dtype must be one of {names}, or None, got {dtype!r}")
+    if device is not None:
+        if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"device must be a torch.device or its name, got a {type(device).__name__}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"device must be one that torch has here, got {device!r}: {first}") from error
 
 
 def require_plain(linear: object, accepted: bool, wanted: str, remedy: str = "") -> None:

@@ -45,7 +45,7 @@ class FusedLinear4bit(FusedLayer):
         if not reason:
             try:
                 NF4Weight.from_bitsandbytes(parameter, state)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 reason = str(error)
         return Status(not reason, reason)
 
@@ -112,7 +112,7 @@ def nf4_weight(layer: Any) -> NF4Weight | str:
     if cached is None or not cached.is_of(parameter, state):
         try:
             weight = _wrap_checked(layer, parameter, state)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             return str(error)
         cached = _Cached(weight, _sources(_find_weight(layer)[1]))
         layer.__dict__["_nf4_cache"] = cached
@@ -139,9 +139,12 @@ def _unreadable(parameter: Any, state: Any) -> str:
         return "its weight is not quantised yet"
     if state.quant_type != "nf4":
         return f"it is quantised to {state.quant_type}, not nf4"
+    scales = state if getattr(state, "state2", None) is None else state.state2
+    for part in (state, scales):
+        if not isinstance(getattr(part, "absmax", None), torch.Tensor):
+            return f"its quant_state is a {type(part).__name__} without absmax"
     if "meta" in (parameter.device.type, state.absmax.device.type):
         return "its weight is on the meta device"
-    scales = state if getattr(state, "state2", None) is None else state.state2
     if scales.absmax.dtype != torch.float32 and not getattr(state, "packing_format_for_cpu", False):
         return f"its absmax is {scales.absmax.dtype}, not torch.float32"
     return ""

@@ -35,7 +35,7 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   std::optional<NF4Parts> nf4;
   if (absmax) {
     nf4.emplace(weight, *absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                checked_product(out_features, problem.in_features), place);
+                checked_product("weight", out_features, problem.in_features), place);
     problem.weight = gpu_weight(*nf4);
   } else {
     check_shape("weight", weight, {out_features, problem.in_features}, place);

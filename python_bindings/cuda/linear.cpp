@@ -89,7 +89,7 @@ Tensor nf4_linear_backward_input(const Tensor& grad_, const Tensor& weight, cons
   STD_TORCH_CHECK(in_features > 0 && out_features > 0, "weight must be [N, K] with N, K > 0, got [", out_features, ", ",
                   in_features, "]");
   const NF4Parts nf4(weight, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize,
-                     checked_product(out_features, in_features), place);
+                     checked_product("weight", out_features, in_features), place);
   const OptionalTensor column_scale = as_contiguous(column_scale_), input_scale = as_contiguous(input_scale_);
   const OptionalTensor du = as_contiguous(du_), lora_a = as_contiguous(lora_a_);
   const auto check = [&](const char* name, const OptionalTensor& t, std::initializer_list<int64_t> shape) {

@@ -185,8 +185,8 @@ def test_state_dict_of_every_option_fits_both_ways() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_size": 0}, "input_size and reduction_factor must be positive, got 0 and 16"),
-        ({"reduction_factor": -1}, "input_size and reduction_factor must be positive, got 8 and -1"),
+        ({"input_size": 0}, "input_size must be positive, got 0"),
+        ({"reduction_factor": -1}, "reduction_factor must be positive, got -1"),
         ({"non_linearity": "mish"}, "non_linearity must be a name that bottleneck_adapter knows, got 'mish'"),
         ({"init_weights": "zeros"}, "init_weights must be one of bert, mam_adapter, houlsby, got 'zeros'"),
         ({"scaling": "all"}, "scaling must be a number, 'learned' or 'channel', got 'all'"),

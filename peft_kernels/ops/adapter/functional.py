@@ -7,7 +7,16 @@ import torch
 from torch.nn import functional as F
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_tensor
+from peft_kernels.core.checks import (
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_memory,
+    check_probability,
+    check_shape,
+    check_tensor,
+)
 from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.adapter.autograd import BottleneckAdapter, flatten
 from peft_kernels.ops.adapter.schema import (
@@ -17,6 +26,7 @@ from peft_kernels.ops.adapter.schema import (
     check_bottleneck_adapter,
 )
 from peft_kernels.ops.dropout.functional import as_seed, philox_dropout
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 LayerNorm = tuple[torch.Tensor | None, torch.Tensor | None, float]  # weight, bias, eps
@@ -167,6 +177,14 @@ def bottleneck_adapter_with_intermediates(
     refuse_transforms("bottleneck_adapter", "torch.nn.functional.linear and the activation")
     _check_tensors(hidden=hidden, down_weight=down_weight, up_weight=up_weight)
     _check_tensors(optional=True, down_bias=down_bias, up_bias=up_bias, residual=residual, gate=gate)
+    check_dtype("hidden", hidden, FLOAT_DTYPES)
+    check_probability("dropout_p", dropout_p)
+    for flag, value in (
+        ("adapter_residual_before_ln", adapter_residual_before_ln),
+        ("need_down", need_down),
+        ("need_up", need_up),
+    ):
+        check_flag(flag, value)
     if hidden.dim() == 0 or down_weight.dim() != 2 or hidden.shape[-1] != down_weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., d] and down_weight [r, d], got {list(hidden.shape)} and "
@@ -183,7 +201,7 @@ def bottleneck_adapter_with_intermediates(
     is_hidden = added is hidden
     gates = None if gate is None else _gate_of_tokens(gate, lead)
     seed = as_seed(seed, hidden.device) if dropout_p > 0.0 else None
-    constant, scale = _scale(scaling)
+    constant, scale = _scale(scaling, out_features)
     rest = (constant, scale, gates, dropout_p, seed)
     if isinstance(activation, str):
         index = _activation_index(activation)
@@ -267,11 +285,17 @@ def _activation_index(name: str) -> int:
     return ACTIVATIONS.index(known)
 
 
-def _scale(scaling: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def _scale(scaling: float | torch.Tensor, out_features: int) -> tuple[float, torch.Tensor | None]:
     """The constant and the learned factor, of which one is 1."""
-    if isinstance(scaling, torch.Tensor):
-        return 1.0, scaling.reshape(1) if scaling.dim() == 0 else scaling
-    return scaling, None
+    if not isinstance(scaling, torch.Tensor):
+        check_finite("scaling", scaling)
+        return scaling, None
+    check_tensor("scaling", scaling)
+    check_dtype("scaling", scaling, FLOAT_DTYPES, "convert it")
+    if scaling.shape not in ((), (1,), (out_features,)):
+        raise ValueError(f"scaling must be [N] = [{out_features}], [1] or 0-dim, got {list(scaling.shape)}")
+    check_memory("scaling", scaling)
+    return 1.0, scaling.reshape(1) if scaling.dim() == 0 else scaling
 
 
 def _gate_of_tokens(gate: torch.Tensor, lead: torch.Size) -> torch.Tensor:
@@ -280,6 +304,8 @@ def _gate_of_tokens(gate: torch.Tensor, lead: torch.Size) -> torch.Tensor:
         have not in (1, want) for have, want in zip(gate.shape, (*lead, 1), strict=True)
     ):
         raise ValueError(f"gate must be expandable to [..., 1] = {[*lead, 1]}, got {list(gate.shape)}")
+    check_dtype("gate", gate, FLOAT_DTYPES, "convert it")
+    check_memory("gate", gate)
     # In fp32, so that the gradient of a sequence's gate, a sum over its tokens, is rounded once.
     return gate.to(accumulate_dtype(gate.dtype)).expand(*lead, 1).reshape(-1)
 
@@ -288,9 +314,17 @@ def _layer_norm(name: str, x: torch.Tensor, parameters: LayerNorm) -> torch.Tens
     if not isinstance(parameters, tuple) or len(parameters) != 3:
         raise TypeError(f"{name} must be a tuple of weight, bias and eps, got {parameters!r}")
     weight, bias, eps = parameters
+    dtypes: tuple[torch.dtype, ...] = (x.dtype, accumulate_dtype(x.dtype))
+    check_memory("hidden", x)
     for part, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.shape != x.shape[-1:]:
-            raise ValueError(f"{name} {part} must be {list(x.shape[-1:])}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_tensor(f"{name} {part}", tensor)
+            check_shape(f"{name} {part}", tensor, "[d]", tuple(x.shape[-1:]))
+            check_dtype(f"{name} {part}", tensor, dtypes, "convert it")
+            check_device(f"{name} {part}", tensor, "hidden", x)
+            check_memory(f"{name} {part}", tensor)
+            dtypes = (tensor.dtype,)  # torch takes both of one
+    check_finite(f"{name} eps", eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -299,6 +333,7 @@ def _autocast(hidden: torch.Tensor) -> torch.Tensor:
     device_type = hidden.device.type
     if hidden.is_meta or not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
         return hidden  # (meta tensors have no autocast)
+    check_memory("hidden", hidden)
     return hidden.to(torch.get_autocast_dtype(device_type))
 
 

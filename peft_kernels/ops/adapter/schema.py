@@ -118,10 +118,10 @@ def check_bottleneck_adapter(hidden: torch.Tensor, residual: torch.Tensor | None
     if not 0 <= a.activation < len(ACTIVATIONS):
         raise ValueError(f"activation must be from 0 to {len(ACTIVATIONS) - 1}, got {a.activation}")
     check_probability("dropout_p", a.dropout_p)
-    if a.dropout_p > 0.0:
-        if a.seed is None:
-            raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
+    if a.seed is not None:
         check_seed(a.seed, "hidden", hidden)
+    elif a.dropout_p > 0.0:
+        raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
 
 
 def check_bottleneck_adapter_backward(args: BackwardArgs) -> None:

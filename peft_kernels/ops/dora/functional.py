@@ -3,12 +3,13 @@
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_device, check_dtype, check_shape, check_tensor
+from peft_kernels.core.checks import check_dtype, check_memory, check_probability, check_tensor
 from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.dora.schema import NormArgs, check_dora_norm
 from peft_kernels.ops.dropout.functional import philox_dropout
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.ops.linear.functional import adapted_linear, fold_scaling, split_weight, under_autocast
-from peft_kernels.ops.linear.schema import accumulate_dtype
+from peft_kernels.ops.linear.schema import check_vector
 from peft_kernels.ops.nf4.weight import NF4Weight
 
 
@@ -47,6 +48,8 @@ def dora_norm(
     check_tensor("lora_a", lora_a)
     check_tensor("lora_b", lora_b)
     base, out_features = split_weight(weight, None)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES):
+        raise ValueError(f"dtype must be a float dtype of 16 to 64 bits or None, got {dtype}")
     lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if isinstance(scaling, torch.Tensor) or torch.compiler.is_compiling():
         lora_b, scaling = fold_scaling(lora_b, scaling).detach(), 1.0
@@ -109,17 +112,19 @@ def dora_linear(
     """
     refuse_transforms("dora_linear", "torch.nn.functional.linear on w.dequantize() and the adapter")
     check_tensor("x", x)
+    check_dtype("x", x, FLOAT_DTYPES)
     check_tensor("lora_b", lora_b)
+    check_probability("dropout_p", dropout_p)
     x, _ = under_autocast(x, weight)  # the norm is that of the weight as it is
+    _, out_features = split_weight(weight, x)
     if isinstance(scaling, torch.Tensor):
         lora_b, scaling = fold_scaling(lora_b, scaling), 1.0
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scaling)
     for name, vector in (("magnitude", magnitude), ("norm", norm)):
         check_tensor(name, vector)
-        check_shape(name, vector, "[N]", (weight.shape[0],))
-        check_dtype(name, vector, (x.dtype, accumulate_dtype(x.dtype)), "convert it")
-        check_device(name, vector, "x", x)
+        check_vector(name, vector, "[N]", out_features, x)
+        check_memory(name, vector)
     dropped, scale = philox_dropout(x, dropout_p, seed), row_scale(magnitude, norm)
     y = adapted_linear(
         dropped, weight, lora_a=lora_a, lora_b=lora_b, scaling=scaling, column_scale=scale, bias=bias

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_integer, check_probability, check_tensor
+from peft_kernels.core.checks import check_integer, check_memory, check_probability, check_sizes, check_tensor
 from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.dropout.autograd import PhiloxDropout
 from peft_kernels.ops.dropout.reference import keep_mask
-from peft_kernels.ops.dropout.schema import check_philox_dropout
+from peft_kernels.ops.dropout.schema import check_philox_dropout, check_seed
 
 
 def philox_dropout(x: torch.Tensor, p: float, seed: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -63,14 +63,20 @@ def philox_dropout_mask(shape: Sequence[int], p: float, seed: int | torch.Tensor
         bool tensor of `shape`.
 
     Raises:
-        TypeError: `seed` is neither an int nor a tensor.
-        ValueError: `p` is out of range.
+        TypeError: `seed` is neither an int nor a tensor, or `shape` no sequence of ints.
+        ValueError: `p` or a size is out of range, or `seed` is not an int64 scalar.
 
     Source: Philox4x32-10 of Salmon et al., SC'11.
     """
+    check_sizes("shape", shape)
     check_probability("p", p)
     device = seed.device if isinstance(seed, torch.Tensor) else torch.device("cpu")
-    return keep_mask(shape, p, as_seed(seed, device))
+    if not isinstance(seed, torch.Tensor):
+        check_integer("seed", seed)  # None, too, is none
+    seed = as_seed(seed, device)
+    check_seed(seed, "seed", seed)
+    check_memory("seed", seed)
+    return keep_mask(shape, p, seed)
 
 
 def as_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -78,6 +84,7 @@ def as_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tens
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
+        check_tensor("seed", seed)
         return seed
     check_integer("seed", seed)
     if not -(2**63) <= seed < 2**63:

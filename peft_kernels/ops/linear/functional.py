@@ -3,9 +3,16 @@
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_finite, check_tensor
+from peft_kernels.core.checks import (
+    check_dtype,
+    check_finite,
+    check_memory,
+    check_probability,
+    check_tensor,
+)
 from peft_kernels.core.transforms import refuse_transforms, transform_reason
 from peft_kernels.ops.dropout.functional import as_seed
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.ops.linear.autograd import AdaptedLinear, flatten
 from peft_kernels.ops.linear.schema import (
     ForwardArgs,
@@ -73,6 +80,7 @@ def adapted_linear(
     """
     refuse_transforms("adapted_linear", "torch.nn.functional.linear on w.dequantize()")
     check_tensor("x", x)
+    check_probability("dropout_p", dropout_p)
     x, weight = under_autocast(x, weight)
     base, out_features = split_weight(weight, x)
     if lora_a is None and lora_b is None:
@@ -241,7 +249,10 @@ def under_autocast(
     if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return x, weight  # (meta tensors have no autocast)
     dtype = torch.get_autocast_dtype(device_type)
+    check_memory("x", x)
     if isinstance(weight, torch.Tensor):
+        check_tensor("weight", weight)
+        check_memory("weight", weight)
         weight = weight.to(dtype)
     return x.to(dtype), weight
 
@@ -280,10 +291,19 @@ def fold_scaling(lora_b: torch.Tensor, scaling: float | torch.Tensor) -> torch.T
 
     To torch.compile the ops' own `scaling` is a constant: each new value would compile once more.
     """
+    check_tensor("lora_b", lora_b)
+    check_dtype("lora_b", lora_b, FLOAT_DTYPES)
+    check_memory("lora_b", lora_b)
     if not isinstance(scaling, torch.Tensor):
         check_finite("scaling", scaling)
-    elif scaling.numel() != 1:
+        return lora_b * scaling
+    check_tensor("scaling", scaling)
+    if scaling.numel() != 1:
         raise ValueError(f"scaling must have one element, got {list(scaling.shape)}")
-    else:
-        scaling = scaling.reshape(())
-    return lora_b * scaling
+    check_dtype("scaling", scaling, FLOAT_DTYPES, "convert it")
+    if scaling.device.type != "cpu" and scaling.device != lora_b.device:
+        raise ValueError(
+            f"scaling must be on the device of lora_b, {lora_b.device}, or on the CPU, got {scaling.device}"
+        )
+    check_memory("scaling", scaling)
+    return lora_b * scaling.reshape(())

@@ -2,9 +2,10 @@
 
 import torch
 
-from peft_kernels.core.checks import check_tensor
-from peft_kernels.ops.linear.functional import adapted_linear
-from peft_kernels.ops.linear.schema import accumulate_dtype
+from peft_kernels.core.checks import check_dtype, check_flag, check_memory, check_tensor
+from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
+from peft_kernels.ops.linear.functional import adapted_linear, split_weight, under_autocast
+from peft_kernels.ops.linear.schema import accumulate_dtype, check_vector
 from peft_kernels.ops.nf4.weight import NF4Weight
 
 
@@ -39,23 +40,26 @@ def ia3_linear(
 
     Source: IA3, arXiv 2205.05638, section 3.3.
     """
+    check_tensor("x", x)
     check_tensor("ia3_l", ia3_l)
-    if not isinstance(weight, NF4Weight):
-        check_tensor("weight", weight)
+    check_flag("feedforward", feedforward)
+    x, weight = under_autocast(x, weight)
+    _, out_features = split_weight(weight, x)
+    check_dtype("x", x, FLOAT_DTYPES)
     scale = _vector(ia3_l, tuple(weight.shape), feedforward)
+    check_vector("ia3_l", scale, "[K]" if feedforward else "[N]", scale.shape[0], x)
+    check_vector("bias", bias, "[N]", out_features, x)
+    check_memory("ia3_l", ia3_l)
     if feedforward:
         return adapted_linear(x, weight, input_scale=scale, bias=bias)
     if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape == scale.shape:  # otherwise adapted_linear refuses it
-            bias = bias * scale.to(accumulate_dtype(scale.dtype))
+        check_memory("bias", bias)
+        bias = bias * scale.to(accumulate_dtype(scale.dtype))
     return adapted_linear(x, weight, column_scale=scale, bias=bias)
 
 
 def _vector(ia3_l: torch.Tensor, weight_shape: tuple[int, ...], feedforward: bool) -> torch.Tensor:
     """`ia3_l` as [N] or [K]."""
-    if len(weight_shape) != 2:
-        raise ValueError(f"weight must be [N, K], got {list(weight_shape)}")
     letter, size = ("K", weight_shape[1]) if feedforward else ("N", weight_shape[0])
     if ia3_l.shape not in ((size,), (1, size) if feedforward else (size, 1)):
         shapes = f"[{letter}] or {'[1, K]' if feedforward else '[N, 1]'}"

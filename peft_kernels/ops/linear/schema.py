@@ -179,14 +179,12 @@ def check_adapted_linear(args: ForwardArgs) -> None:
         check_shape("weight", args.weight, "[N, K]", (n, k))
     check_finite("scaling", args.scaling)
     _check_lora(x, args.lora_a, args.lora_b, n)
-    _check_vector("column_scale", args.column_scale, "[N]", n, x)
-    _check_vector("input_scale", args.input_scale, "[K]", k, x)
-    _check_vector("bias", args.bias, "[N]", n, x)
-    check_probability("dropout_p", args.dropout_p)
-    if args.dropout_p > 0.0:
-        if args.lora_a is None:
-            raise ValueError(f"dropout_p must be 0 without lora_a and lora_b, got {args.dropout_p}")
-        _check_seed(args.seed, "x", x)
+    check_vector("column_scale", args.column_scale, "[N]", n, x)
+    check_vector("input_scale", args.input_scale, "[K]", k, x)
+    check_vector("bias", args.bias, "[N]", n, x)
+    _check_dropout(args.dropout_p, args.seed, "x", x)
+    if args.lora_a is None and args.dropout_p > 0.0:
+        raise ValueError(f"dropout_p must be 0 without lora_a and lora_b, got {args.dropout_p}")
 
 
 def check_adapted_linear_backward(args: BackwardArgs) -> None:
@@ -196,6 +194,9 @@ def check_adapted_linear_backward(args: BackwardArgs) -> None:
     check_shape("grad", grad, "[M, N]", (x.shape[0], None))
     check_device("grad", grad, "x", x)
     check_adapted_linear(args.forward)
+    for name, tensor in (("u", args.u), ("z", args.z)):
+        if tensor is not None:  # needed or not: one on the meta device would send the call to the fake kernel
+            check_device(name, tensor, "x", x)
     for needed, names in (
         (args.need_lora_a, ("lora_a",)),
         (args.need_lora_b, ("lora_b", "u")),
@@ -224,8 +225,8 @@ def check_nf4_linear_backward_input(args: InputGradientArgs) -> None:
         raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {k}]")
     check_device("weight", args.weight, "grad", grad)
     check_nf4_format(base_weight(args), (n, k))
-    _check_vector("column_scale", args.column_scale, "[N]", n, grad)
-    _check_vector("input_scale", args.input_scale, "[K]", k, grad)
+    check_vector("column_scale", args.column_scale, "[N]", n, grad)
+    check_vector("input_scale", args.input_scale, "[K]", k, grad)
     if (args.du is None) != (args.lora_a is None):
         raise ValueError("du and lora_a must be given together, got one of them")
     if args.du is not None and args.lora_a is not None:
@@ -233,14 +234,12 @@ def check_nf4_linear_backward_input(args: InputGradientArgs) -> None:
         check_dtype("lora_a", args.lora_a, (grad.dtype, accumulate_dtype(grad.dtype)), "convert it")
         check_shape("du", args.du, "[M, r]", (grad.shape[0], args.lora_a.shape[0]))
         check_dtype("du", args.du, (accumulate_dtype(grad.dtype),))
-    check_probability("dropout_p", args.dropout_p)
-    if args.dropout_p > 0.0:
-        _check_seed(args.seed, "grad", grad)
+    _check_dropout(args.dropout_p, args.seed, "grad", grad)
 
 
 def check_activation(activation: str | None) -> None:
     """Require a way to take x that the op for NF4 weights knows."""
-    if activation not in (None, "int8"):
+    if activation is not None and not (isinstance(activation, str) and activation == "int8"):
         raise ValueError(f"activation must be None or 'int8', got {activation!r}")
 
 
@@ -254,7 +253,7 @@ def check_nf4_linear_int8(args: Int8Args) -> None:
         raise ValueError(f"weight must be [N, K] with N, K > 0, got [{n}, {x.shape[1]}]")
     check_device("weight", args.weight, "x", x)
     check_nf4_format(base_weight(args), (n, x.shape[1]))
-    _check_vector("bias", args.bias, "[N]", n, x)
+    check_vector("bias", args.bias, "[N]", n, x)
 
 
 def check_lora(
@@ -288,13 +287,16 @@ def _check_lora(x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tens
         raise ValueError(f"lora_a and lora_b must be given together, got no {missing}")
 
 
-def _check_seed(seed: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
-    if seed is None:
+def _check_dropout(p: float, seed: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    check_probability("dropout_p", p)
+    if seed is None and p > 0.0:
         raise ValueError("seed must be given when dropout_p > 0, got None; pass an int64 0-dim tensor")
-    check_seed(seed, like_name, like)
+    if seed is not None:
+        check_seed(seed, like_name, like)
 
 
-def _check_vector(name: str, vector: torch.Tensor | None, letters: str, size: int, x: torch.Tensor) -> None:
+def check_vector(name: str, vector: torch.Tensor | None, letters: str, size: int, x: torch.Tensor) -> None:
+    """Require a scale or a bias of a layer that computes on x."""
     if vector is not None:
         check_tensor(name, vector)
         check_shape(name, vector, letters, (size,))

@@ -3,6 +3,7 @@
 import torch
 
 from peft_kernels.core.backend import resolve
+from peft_kernels.core.checks import check_flag
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
 from peft_kernels.ops.nf4.schema import check_nf4_quantize
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
@@ -31,6 +32,7 @@ def nf4_quantize(weight: torch.Tensor, blocksize: int = 64, double_quant: bool =
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
     check_nf4_quantize(weight, blocksize)
+    check_flag("double_quant", double_quant)
     with torch.no_grad():
         packed, absmax = resolve("nf4_quantize", weight)(weight, blocksize)
         nested = None

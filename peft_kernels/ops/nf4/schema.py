@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_kernels.core.backend import define_op, fake_kernel
-from peft_kernels.core.checks import check_device, check_dtype, check_shape, check_tensor
+from peft_kernels.core.checks import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_sizes,
+    check_tensor,
+)
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _BLOCKSIZES_TEXT = ", ".join(map(str, BLOCKSIZES))
@@ -40,6 +47,7 @@ class BaseWeight(NamedTuple):
 
 def check_blocksize(blocksize: int) -> None:
     """Require a blocksize that the format knows."""
+    check_integer("blocksize", blocksize)
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {_BLOCKSIZES_TEXT}, got {blocksize}")
 
@@ -59,6 +67,8 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
     check_blocksize(blocksize)
     n = math.prod(shape)
     blocks = -(-n // blocksize)
+    check_tensor("packed", packed)
+    check_tensor("absmax", absmax)
     check_dtype("packed", packed, (torch.uint8,), "view its bytes with .view(torch.uint8)")
     check_shape("packed", packed, "[(n+1)//2]", ((n + 1) // 2,), "flatten it with .reshape(-1)")
     check_shape("absmax", absmax, "[ceil(n/blocksize)]", (blocks,))
@@ -70,7 +80,10 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
             "absmax", absmax, (torch.float32,), "uint8 needs nested_absmax, nested_code, nested_offset"
         )
         return
+    for name in ("nested_absmax", "nested_code", "nested_offset"):
+        check_tensor(name, getattr(base, name))
     check_dtype("absmax", absmax, (torch.uint8,), "an fp32 absmax takes no nested_absmax")
+    check_integer("nested_blocksize", nested_blocksize)
     if nested_blocksize not in BLOCKSIZES:
         raise ValueError(f"nested_blocksize must be one of {_BLOCKSIZES_TEXT}, got {nested_blocksize}")
     nested_shape = (-(-blocks // nested_blocksize),)
@@ -85,8 +98,9 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
 
 def check_nf4_dequantize(base: BaseWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Argument contract of `nf4_dequantize`."""
+    check_sizes("shape", shape)
     check_nf4_format(base, shape)
-    if dtype not in WEIGHT_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES:
         got = str(dtype).removeprefix("torch.")
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {got}; convert the result")
 

@@ -5,12 +5,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peft_kernels.core.backend import resolve
-from peft_kernels.core.checks import check_tensor
+from peft_kernels.core.checks import check_dtype, check_memory, check_shape, check_sizes, check_tensor, shown
 from peft_kernels.ops.nf4.reference import nf4_code
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_dequantize, check_nf4_format
 
@@ -18,7 +19,21 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 _STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+_LARGEST = torch.finfo(torch.float32).max
+# What the JSON of a quant_state has, and where the weight is double-quantised.
+_META: Mapping[str, type | UnionType] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+_NESTED_META: Mapping[str, type | UnionType] = {"nested_offset": int | float, "nested_blocksize": int}
 _STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
+_QUANT_STATE = (
+    "absmax",
+    "shape",
+    "code",
+    "blocksize",
+    "quant_type",
+    "dtype",
+    "offset",
+)  # what is read of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +99,12 @@ class NF4Weight:
             ("dtype", self.dtype, WEIGHT_DTYPES),
             ("quant_storage", self.quant_storage, _STORAGE_DTYPES),
         ):
-            if dtype not in allowed:
+            if not isinstance(dtype, torch.dtype) or dtype not in allowed:
                 wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
                 raise ValueError(f"{name} must be one of {wanted}, got {dtype}")
+        check_sizes("shape", self.shape)
+        if self.nested is not None and not isinstance(self.nested, NestedAbsmax):
+            raise TypeError(f"nested must be a NestedAbsmax or None, got a {type(self.nested).__name__}")
         check_nf4_format(self.base_weight(), self.shape)
         if not self.packed.is_contiguous():
             raise ValueError(f"packed must be contiguous, got strides {self.packed.stride()}")
@@ -172,6 +190,12 @@ class NF4Weight:
         """
         check_tensor("packed", packed, "pass layer.weight")
         state: Any = quant_state if quant_state is not None else getattr(packed, "quant_state", None)
+        missing = [name for name in _QUANT_STATE if state is not None and not hasattr(state, name)]
+        if missing:
+            raise TypeError(
+                f"quant_state must be a bitsandbytes QuantState, got a {type(state).__name__} without "
+                f"{', '.join(missing)}; pass layer.weight.quant_state"
+            )
         if state is None:
             raise ValueError(
                 "packed must be quantised, got a tensor without a quant_state; move the bitsandbytes layer "
@@ -180,6 +204,8 @@ class NF4Weight:
         _require_nf4(state.quant_type, state.code)
         if state.shape is None:
             raise ValueError("quant_state.shape must be that of the weight, (N, K), got None; set it")
+        check_sizes("quant_state.shape", state.shape)
+        check_tensor("absmax", state.absmax)
         data = packed.data if isinstance(packed, torch.nn.Parameter) else packed
         if getattr(state, "packing_format_for_cpu", False):
             return cls._from_cpu_layout(data, state)
@@ -189,8 +215,12 @@ class NF4Weight:
                 "transposed weight; pass layer.weight, not layer.weight.t()"
             )
         nested = None
-        if state.state2 is not None:
+        if getattr(state, "state2", None) is not None:
             second = state.state2
+            if not all(hasattr(second, name) for name in ("absmax", "code", "blocksize")):
+                raise TypeError(
+                    f"quant_state.state2 must be a bitsandbytes QuantState, got a {type(second).__name__}"
+                )
             nested = NestedAbsmax(second.absmax, second.code, state.offset, second.blocksize)
         return cls(
             packed=data.reshape(-1).view(torch.uint8),
@@ -209,7 +239,13 @@ class NF4Weight:
 
         scratch = copy.copy(state)  # the inverse writes into the state that it is given
         scratch.original_nested = False  # do not double-quantise the bf16 absmax once more
-        packed, _ = _convert_weight_packed_for_cpu_inverse(data, scratch)
+        try:
+            packed, _ = _convert_weight_packed_for_cpu_inverse(data, scratch)
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "quant_state must be of a weight that bitsandbytes rearranged for its CPU inference "
+                f"(packing_format_for_cpu), got one that it cannot read: {error}"
+            ) from error
         return cls(
             packed=packed.reshape(-1).view(torch.uint8),
             absmax=state.absmax.t().reshape(-1).float(),  # bf16 [K/blocksize, N]
@@ -291,7 +327,8 @@ class NF4Weight:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: the weight is not NF4.
+            TypeError: an entry is not a tensor.
+            ValueError: the weight is not NF4, or an entry is damaged; the message says which.
         """
         if prefix + _STATE_KEY.replace("nf4", "fp4") in state_dict:
             _require_nf4("fp4", None)
@@ -299,9 +336,11 @@ class NF4Weight:
         def entry(key: str) -> torch.Tensor:
             if prefix + key not in state_dict:
                 raise KeyError(f"state_dict must have {prefix + key!r} for an NF4 weight, got no such key")
-            return state_dict[prefix + key]
+            tensor = state_dict[prefix + key]
+            check_tensor(prefix + key, tensor)
+            return tensor
 
-        meta = json.loads(bytes(entry(_STATE_KEY).tolist()))
+        meta = _read_meta(prefix + _STATE_KEY, entry(_STATE_KEY))
         _require_nf4(meta["quant_type"], entry("weight.quant_map"))
         weight, absmax = entry("weight"), entry("weight.absmax")
         nested = None
@@ -318,7 +357,7 @@ class NF4Weight:
             nested=nested,
             shape=tuple(meta["shape"]),
             blocksize=meta["blocksize"],
-            dtype=getattr(torch, meta["dtype"]),
+            dtype=_DTYPES[meta["dtype"]],
             quant_storage=weight.dtype,
         )
 
@@ -327,14 +366,53 @@ class NF4Weight:
         return self.packed.view(self.quant_storage).unsqueeze(1)
 
 
-def _require_nf4(quant_type: str, code: torch.Tensor | None) -> None:
+def _read_meta(key: str, entry: torch.Tensor) -> dict[str, Any]:
+    """The JSON of a quant_state, every value of the type that it must have."""
+    check_dtype(key, entry, (torch.uint8,))
+    check_shape(key, entry, "[bytes]", (None,))
+    if entry.is_meta:
+        raise ValueError(f"{key} must have values, got a tensor on the meta device; load it to another")
+    check_memory(key, entry)
+    try:
+        meta = json.loads(bytes(entry.tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} must be JSON in UTF-8, got {error}; load the file again") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{key} must be a JSON object, got a {type(meta).__name__}; load the file again")
+    kinds = dict(_META)
+    if "nested_offset" in meta:
+        kinds |= _NESTED_META
+    for name, kind in kinds.items():
+        value = meta.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(
+                f"{name} must be in {key}, a {kind}, got {str(value)[:200]!r}; load the file again"
+            )
+    if meta["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {meta['dtype'][:200]!r}")
+    if isinstance(offset := meta.get("nested_offset"), int) and abs(offset) > _LARGEST:
+        raise ValueError("nested_offset must be a float32, got a larger int; load the file again")
+    return meta
+
+
+def _require_nf4(quant_type: object, code: torch.Tensor | None) -> None:
     """Refuse FP4 and unknown code tables by name."""
-    if quant_type != "nf4":
+    if not (isinstance(quant_type, str) and quant_type == "nf4"):
         raise ValueError(
-            f"quant_type must be 'nf4', got {quant_type!r}, which peft_kernels does not support; "
+            f"quant_type must be 'nf4', got {shown(quant_type)}, which peft_kernels does not support; "
             "quantise with quant_type='nf4' (bnb_4bit_quant_type='nf4')"
         )
     # A file's table may differ in the last bit: some were made with scipy. bitsandbytes does not read it.
     table = nf4_code(torch.device("cpu"))
-    if code is not None and not torch.allclose(code.cpu().float(), table, rtol=0, atol=1e-6):
-        raise ValueError(f"code must be the NF4 table, got {code.tolist()}; quantise with quant_type='nf4'")
+    if code is None:
+        return
+    check_tensor("code", code)
+    check_shape("code", code, "[16]", tuple(table.shape))
+    if code.is_meta:
+        raise ValueError("code must have values, got a tensor on the meta device; load it to another")
+    check_dtype("code", code, (*WEIGHT_DTYPES, torch.float64))
+    check_memory("code", code)
+    if not torch.allclose(code.cpu().float(), table, rtol=0, atol=1e-6):
+        raise ValueError(
+            f"code must be the NF4 table, got {(code + 0).tolist()}; quantise with quant_type='nf4'"
+        )

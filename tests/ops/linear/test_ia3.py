@@ -253,7 +253,7 @@ def test_sums_over_tokens_of_a_dense_layer_do_not_depend_on_threads(dtype: torch
             {"ia3_l": torch.ones(12, 1), "feedforward": True},
             "ia3_l must be [K] or [1, K] = [64] with feedforward, got [12, 1]",
         ),
-        ({"ia3_l": torch.ones(12).half()}, "column_scale must be float32, got float16; convert it"),
+        ({"ia3_l": torch.ones(12).half()}, "ia3_l must be float32, got float16; convert it"),
         ({"bias": torch.ones(1)}, "bias must be [N] = [12], got [1]"),
         ({"bias": torch.ones(12, 12)}, "bias must be [N] = [12], got [12, 12]"),
         ({"x": torch.ones(4, 65)}, "x must be [..., K] = [..., 64], got [4, 65]"),

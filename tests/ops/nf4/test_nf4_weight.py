@@ -268,6 +268,72 @@ def test_constructor_refuses() -> None:
             pk.NF4Weight(**fields)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "must be JSON in UTF-8, got Expecting value"),
+        (b"\xff", "must be JSON in UTF-8"),
+        (b"[" * 100_000, "must be JSON in UTF-8, got maximum recursion depth"),
+        (b"[]", "must be a JSON object, got a list"),
+        (b'{"quant_type": 4}', "quant_type must be in weight.quant_state"),
+        (b'{"quant_type": "nf4", "blocksize": "64"}', "blocksize must be in"),
+        (b'{"quant_type": "nf4", "blocksize": true}', "blocksize must be in"),
+        (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "nn"}', "shape must be in"),
+        (b'{"quant_type": "nf4", "blocksize": 64, "dtype": "nn", "shape": []}', "dtype must be one of"),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [-8, -64]}',
+            "shape must have no",
+        ),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": ["8"]}',
+            "shape must be a sequence",
+        ),
+    ],
+)
+def test_from_state_dict_refuses_hostile_json(text: bytes, message: str) -> None:
+    w = pk.functional.nf4_quantize(torch.randn(8, 64))
+    state = {
+        **w.state_dict(),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+    }
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        pk.NF4Weight.from_state_dict(state)
+    layer = pk.nn.NF4Linear(64, 8, bias=False)
+    before = layer.nf4_weight
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        layer.load_state_dict(state)
+    assert_same_weight(layer.nf4_weight, before)
+
+
+def test_from_state_dict_refuses_what_is_no_tensor() -> None:
+    state: dict[str, Any] = pk.functional.nf4_quantize(torch.randn(8, 64), double_quant=True).state_dict()
+    for key in state:
+        with pytest.raises(TypeError, match=rf"^{re.escape(key)} must be a torch\.Tensor, got int"):
+            pk.NF4Weight.from_state_dict({**state, key: 3})
+    with pytest.raises(ValueError, match=r"code must be \[16\] = \[16\], got \[15\]"):
+        pk.NF4Weight.from_state_dict({**state, "weight.quant_map": torch.ones(15)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"absmax": None}, "absmax must be a torch.Tensor"),
+        ({"code": torch.ones(15)}, "code must be [16]"),
+        ({"shape": 512}, "quant_state.shape must be a sequence of ints"),
+        ({"shape": (-8, -64)}, "quant_state.shape must have no negative size"),
+        ({"state2": 3}, "quant_state.state2 must be a bitsandbytes QuantState, got a int"),
+        ({"packing_format_for_cpu": True}, "quant_state must be of a weight that bitsandbytes rearranged"),
+    ],
+)
+def test_from_bitsandbytes_refuses_a_hostile_state(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        pk.NF4Weight.from_bitsandbytes(*corrupted(**changes))
+    with pytest.raises(
+        TypeError, match=r"^quant_state must be a bitsandbytes QuantState, got a object without absmax"
+    ):
+        pk.NF4Weight.from_bitsandbytes(corrupted()[0], object())  # type: ignore[arg-type]
+
+
 def test_from_state_dict_refuses() -> None:
     state = pk.functional.nf4_quantize(torch.randn(8, 64), double_quant=True).state_dict()
     for key in state:
