@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels.core.checks import check_memory, check_tensor
+from peft_kernels.core.checks import check_device, check_memory, check_tensor
 from peft_kernels.core.gpu import on_device, why_no_gpu
 from peft_kernels.core.library import native_library
 
@@ -69,11 +69,25 @@ def op_names() -> list[str]:
 
 
 def fake_kernel(op_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: what `peft_kernels::<op_name>` returns for tensors without data (shapes, dtypes, checks)."""
+    """Decorator: what `peft_kernels::<op_name>` returns for tensors without data (shapes, dtypes, checks).
+
+    The dispatcher also calls it where one tensor among others is on the meta device. That is refused, or the
+    result would be memory that nobody writes.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = [argument.name for argument in _arguments(op_name)]
+
+        @functools.wraps(function)
+        def kernel(*args: Any) -> Any:
+            tensors = [(n, t) for n, t in zip(names, args, strict=True) if isinstance(t, torch.Tensor)]
+            for name, tensor in tensors:
+                if (tensor.device.type == "meta") != (tensors[0][1].device.type == "meta"):
+                    check_device(name, tensor, *tensors[0])
+            return function(*args)
+
         for overload in _overloads(op_name):
-            torch.library.register_fake(overload, function)
+            torch.library.register_fake(overload, kernel)
         return function
 
     return register
@@ -211,9 +225,10 @@ def _launcher(op_name: str, module: str) -> Callable[..., Any]:
 
 def _in_memory(op_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which requires its tensors to have memory, as native kernels do for themselves."""
-    arguments = getattr(torch.ops.peft_kernels, op_name).default._schema.arguments
     tensors = [
-        (i, a.name, str(a.type) == "Tensor") for i, a in enumerate(arguments) if "Tensor" in str(a.type)
+        (index, argument.name, str(argument.type) == "Tensor")
+        for index, argument in enumerate(_arguments(op_name))
+        if "Tensor" in str(argument.type)
     ]
 
     @functools.wraps(function)
@@ -239,6 +254,11 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(tensor, *args)
 
     return kernel
+
+
+def _arguments(op_name: str) -> Any:
+    """The arguments in the schema of an op."""
+    return getattr(torch.ops.peft_kernels, op_name).default._schema.arguments
 
 
 def _overloads(op_name: str) -> tuple[str, ...]:

@@ -40,13 +40,14 @@ def dequantize(shape: list[int]) -> Any:
     return OPS.nf4_dequantize(packed, absmax, None, None, None, 0, 64, shape, torch.float32)
 
 
-def backward(**changes: Any) -> Any:
+def backward(op: Any = OPS.adapted_linear_backward, x: torch.Tensor | None = None, **changes: Any) -> Any:
     """`adapted_linear_backward` with valid arguments, dx alone wanted, but for `changes`."""
     valid = ForwardArgs(*arguments()[:-1])
+    valid = valid if x is None else valid._replace(x=x)
     kept = {"u": torch.ones(M, R), "z": torch.ones(M, N)} | changes
     rest = (valid.column_scale, valid.input_scale, valid.dropout_p, valid.seed, *kept.values())
     needs = (True, False, False, False, False, False)
-    return OPS.adapted_linear_backward(torch.ones(M, N), *valid[:8], *valid[9:12], *rest, *needs)
+    return op(torch.ones(M, N), *valid[:8], *valid[9:12], *rest, *needs)
 
 
 def adapter(**changes: Any) -> Any:
@@ -119,8 +120,18 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str | None)
             lambda: OPS.adapted_linear(*arguments(dropout_p=0.0, seed=freed(dtype=torch.int64))),
             "seed must have",
         ),
-        (lambda: backward(u=torch.ones(M, R, device="meta")), "u must be on the device of x"),
-        (lambda: backward(z=torch.ones(M, N, device="meta")), "z must be on the device of x"),
+        (
+            lambda: backward(OPS.adapted_linear_backward.reference, x=torch.ones(())),
+            r"x must be \[M, K\] = \[\*, \*\], got \[\]",
+        ),
+        (
+            lambda: backward(u=torch.ones(M, R, device="meta")),
+            "u must be on the device of grad, cpu, got meta",
+        ),
+        (
+            lambda: backward(z=torch.ones(M, N, device="meta")),
+            "z must be on the device of grad, cpu, got meta",
+        ),
         (lambda: dequantize([-8, -64]), "shape must have sizes of 0 and more"),
         (lambda: dequantize([2**63 - 1]), "shape must have .* fewer than 2.62 elements"),
         (lambda: adapter(down_weight=torch.ones(2, 4).half()), "down_weight must be Float"),

@@ -71,6 +71,7 @@ FOUND: list[tuple[Callable[[], Any], str]] = [
     (lambda: adapter(scaling=torch.ones(2)), "scaling must be [N] = [8], [1] or 0-dim, got [2]"),
     (lambda: adapter(scaling=freed(8)), "scaling must have memory"),
     (lambda: adapter(gate=torch.ones(2, 1, dtype=torch.int64)), "gate must be float32"),
+    (lambda: adapter(activation=torch.sin, down_bias=freed(4)), "down_bias must have memory"),
     (lambda: adapter(ln_before=(3, None, 1e-5)), "ln_before weight must be a torch.Tensor"),
     (lambda: adapter(ln_after=(torch.ones(8), torch.ones(8).half(), 1e-5)), "ln_after bias must be float32"),
     (lambda: adapter(ln_after=(None, None, "1e-5")), "ln_after eps must be a number"),
@@ -100,6 +101,14 @@ def test_is_refused(call: Callable[[], Any], message: str) -> None:
     if "must have memory" in message:  # where torch's own operations crash
         with pk.use_backend("reference"), pytest.raises(RuntimeError, match=re.escape(message)):
             call()
+
+
+def test_a_layer_norm_with_a_wider_bias_alone_has_gradients() -> None:
+    hidden, bias = H.bfloat16().requires_grad_(), torch.ones(8, requires_grad=True)
+    adapter(hidden=hidden, ln_before=(None, bias, 1e-5)).sum().backward()
+    assert hidden.grad is not None
+    assert bias.grad is not None
+    assert bias.grad.dtype == torch.float32
 
 
 def test_a_bias_of_the_dtype_of_x_is_scaled_exactly() -> None:

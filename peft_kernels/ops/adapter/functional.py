@@ -263,6 +263,9 @@ def _composed(
     if not callable(activation):
         raise TypeError(f"activation must be a name or a callable, got {activation!r}")
     check_bottleneck_adapter(flatten(hidden), None if residual is None else flatten(residual), a)
+    for name, tensor in {"hidden": hidden, "residual": residual, **a._asdict()}.items():
+        if isinstance(tensor, torch.Tensor):
+            check_memory(name, tensor)
     dtype = hidden.dtype
     down = activation(_linear(hidden, a.down_weight, a.down_bias))
     up = _linear(down.to(dtype), a.up_weight, a.up_bias) * (a.scaling if a.scale is None else a.scale)
@@ -325,6 +328,8 @@ def _layer_norm(name: str, x: torch.Tensor, parameters: LayerNorm) -> torch.Tens
             check_memory(f"{name} {part}", tensor)
             dtypes = (tensor.dtype,)  # torch takes both of one
     check_finite(f"{name} eps", eps)
+    if weight is None and bias is not None and bias.dtype != x.dtype:
+        weight = torch.ones_like(bias)  # torch has no gradient for a wider bias alone
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
+_LARGEST_JSON = 2**20
 _LARGEST = torch.finfo(torch.float32).max
 # What the JSON of a quant_state has, and where the weight is double-quantised.
 _META: Mapping[str, type | UnionType] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
@@ -373,6 +374,8 @@ def _read_meta(key: str, entry: torch.Tensor) -> dict[str, Any]:
     if entry.is_meta:
         raise ValueError(f"{key} must have values, got a tensor on the meta device; load it to another")
     check_memory(key, entry)
+    if entry.numel() > _LARGEST_JSON:
+        raise ValueError(f"{key} must have at most {_LARGEST_JSON} bytes, got {entry.numel()}; load it again")
     try:
         meta = json.loads(bytes(entry.tolist()))
     except (ValueError, RecursionError) as error:

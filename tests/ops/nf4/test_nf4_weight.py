@@ -298,6 +298,9 @@ def test_from_state_dict_refuses_hostile_json(text: bytes, message: str) -> None
     }
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         pk.NF4Weight.from_state_dict(state)
+    many = torch.zeros(1, dtype=torch.uint8).expand(2**50)
+    with pytest.raises(ValueError, match="must have at most 1048576 bytes"):
+        pk.NF4Weight.from_state_dict({**state, "weight.quant_state.bitsandbytes__nf4": many})
     layer = pk.nn.NF4Linear(64, 8, bias=False)
     before = layer.nf4_weight
     with pytest.raises(RuntimeError, match=re.escape(message)):
