@@ -22,6 +22,13 @@ def is_plain_tensor(tensor: object) -> bool:
     return torch.compiler.is_exporting() and type(tensor).__name__ == "FakeTensor"
 
 
+def sharded_reason(weight: object) -> str:
+    """That a weight cannot be read now because FSDP2 has sharded it, or ""."""
+    if type(weight).__name__ != "DTensor":
+        return ""
+    return "its weight is sharded: each call decides, once FSDP has gathered it"
+
+
 def bypass_reason(module: nn.Module) -> str:
     """Why a module must be called, and its parameters not just read, or ""."""
     reason = _own_reason(module)

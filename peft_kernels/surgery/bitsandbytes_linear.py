@@ -11,7 +11,7 @@ from torch import nn
 from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import nf4_linear
-from peft_kernels.nn.plain_linear import is_plain_tensor
+from peft_kernels.nn.plain_linear import is_plain_tensor, sharded_reason
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
 from peft_kernels.surgery.registry import FusedLayer, Status, handles, leaves_alone
@@ -134,7 +134,7 @@ def _unreadable(parameter: Any, state: Any) -> str:
     """Why the kernels cannot read a parameter with this quant state, or ""."""
     # Pickling a Params4bit leaves a Parameter that has its attributes.
     if not is_plain_tensor(parameter) and type(parameter).__name__ != "Params4bit":
-        return f"its weight is a {type(parameter).__name__}, not a Params4bit"
+        return sharded_reason(parameter) or f"its weight is a {type(parameter).__name__}, not a Params4bit"
     if state is None:
         return "its weight is not quantised yet"
     if state.quant_type != "nf4":

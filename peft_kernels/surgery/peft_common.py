@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
-from peft_kernels.nn.plain_linear import bypass_reason, is_plain_tensor
+from peft_kernels.nn.plain_linear import bypass_reason, is_plain_tensor, sharded_reason
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit, Operands, nf4_operands
 from peft_kernels.surgery.registry import FusedLayer, find_handler, leaves_alone
@@ -50,7 +50,7 @@ def linear_reason(role: str, linear: Any) -> str:
     reason = bypass_reason(linear)
     weight = linear._parameters.get("weight")
     if not reason and not is_plain_tensor(weight):
-        reason = f"its weight is a {type(weight).__name__}, not a Parameter"
+        reason = sharded_reason(weight) or f"its weight is a {type(weight).__name__}, not a Parameter"
     return reason and f"{role}: {reason}"
 
 

@@ -265,6 +265,19 @@ def fsdp2_adapter_checkpoint() -> None:
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+def fsdp2_state_dict_of_nf4_linear(double_quant: bool) -> None:
+    """A sharded weight and its statistics, which every process has in full, are saved and loaded."""
+    saved, loaded = (
+        shard(nn.Sequential(pk.nn.NF4Linear(64, 32, double_quant=double_quant))) for _ in range(2)
+    )
+    x = my_part()
+    with torch.no_grad():
+        expected = saved(x)
+        assert not torch.equal(loaded(x), expected)
+        loaded.load_state_dict(saved.state_dict())
+        assert torch.equal(loaded(x), expected)
+
+
 def fsdp1(use_orig_params: bool) -> None:
     """The first FSDP, with PEFT's policy of wrapping what is trained by itself: stock layers run."""
     stock, fused = stock_and_fused(qlora(torch.float32))
@@ -305,5 +318,7 @@ check(fsdp2_in_mixed_precision)
 check(fsdp2_norms_of_dora_follow_the_weights, "DoRA")
 check(fsdp2_norms_of_dora_follow_the_weights, "DoRA over NF4")
 check(fsdp2_adapter_checkpoint)
+for _double in (False, True):
+    check(fsdp2_state_dict_of_nf4_linear, _double)
 for _orig in (True, False):
     check(fsdp1, _orig)

@@ -105,6 +105,8 @@ def test_inference_tensors_in_training(level: str, name: str) -> None:
     expected = results(module, module, inputs())
     module.zero_grad()
     y = outcome(module, x)
+    keeps_x = any(part in name.lower() for part in ("lora", "dora", "bottleneck", "philox_"))
+    assert isinstance(y, str) == keeps_x
     if isinstance(y, str):
         assert y.startswith("Inference tensors cannot be saved for backward")
         return
