@@ -14,10 +14,10 @@ export PEFT_KERNELS_REQUIRE_NATIVE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build cuda test test-gpuless gpu-report gpu-check demo demo-methods bench fuzz lint types format cpp-test wheel clean
+.PHONY: help venv build api cuda test test-gpuless gpu-report gpu-check demo demo-methods bench fuzz lint types format cpp-test wheel sdist clean FORCE
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: .venv/installed ## Make .venv with everything that the targets below need (minutes, once)
 
@@ -44,8 +44,11 @@ demo: build ## Fine-tune a real 4-bit encoder, stock PEFT beside peft_kernels (a
 demo-methods: build ## Fine-tune it in seven ways, IA3 to DoRA: accuracy, time, memory of each (minutes)
 	$(BIN)/python examples/demo_methods.py
 
-bench: build ## Measure every kernel against its baselines (quick suite)
-	$(BIN)/python -m peft_kernels.bench --suite quick
+bench: build ## Measure every kernel against its baselines; JSON, CSV, HTML and plots in bench-output/
+	$(BIN)/python -m peft_kernels.bench --suite quick --json --csv --html --plots $(BENCH_OPTIONS)
+
+api: venv ## Write the API reference, docs/api, from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 gpu-report: build ## Compile the GPU kernels for every architecture; rewrite the tables of docs/gpu.md
 	cd tests && ../$(BIN)/python -m gpuless.tables && ../$(BIN)/python -m gpuless.cuda_tables
@@ -100,12 +103,34 @@ fuzz: build ## Nightly: 100,000 odd inputs on a library with ASan + UBSan; libFu
 	  done; \
 	fi
 
-wheel: venv ## Build a wheel for this platform into dist/
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
-	@ls -l dist
+wheel: venv ## Build a manylinux wheel into dist/ and self-test it in a fresh environment; PEFT_KERNELS_CUDA=1: for GPUs too
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel/built .
+	$(call repaired,build/wheel)
+
+sdist: venv ## Build a source distribution into dist/, and from it a wheel, which is self-tested
+	rm -rf build/sdist
+	$(BIN)/python -m build --sdist --no-isolation --outdir build/sdist .
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/sdist/built build/sdist/*.tar.gz
+	$(call repaired,build/sdist)
+	cp build/sdist/*.tar.gz dist/
+
+# The wheel in $(1)/built gets the name of the oldest systems that it runs on (nothing is copied into it: torch's libraries
+# are torch's to bring), passes its self-test in an environment that has only it and .venv's other packages, and goes to dist/.
+define repaired
+	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir $(1)/repaired $(1)/built/*.whl
+	$(BIN)/python -m venv --without-pip $(1)/venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(1)/torch.pth
+	cp $(1)/torch.pth $(1)/venv/lib/python3.*/site-packages/
+	$(PIP) --python $(1)/venv/bin/python install --no-deps $(1)/repaired/*.whl
+	$(1)/venv/bin/python -I -c 'import sys, peft_kernels; assert peft_kernels.__file__.startswith(sys.prefix)'
+	$(1)/venv/bin/python -I -m peft_kernels
+	mkdir -p dist && cp $(1)/repaired/*.whl dist/
+endef
+wheel sdist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)
 
 clean: ## Remove everything that was built, .venv included
-	rm -rf .venv build dist *.egg-info peft_kernels/_native.so peft_kernels/_native_build_failure.txt
+	rm -rf .venv build dist *.egg-info peft_kernels/_native.so peft_kernels/_native_*_failure.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/tools: constraints.txt
@@ -115,7 +140,11 @@ clean: ## Remove everything that was built, .venv included
 	@$(PIP) install torch setuptools cmake ninja
 	@touch $@
 
-.venv/built: .venv/tools setup.py build_backend.py CMakeLists.txt $(CXX_SOURCES)
+.venv/options: .venv/tools FORCE # what the library is built with: changes when that does
+	@echo '$(PEFT_KERNELS_CUDA) $(PEFT_KERNELS_CUDA_ARCHS) $(CMAKE_ARGS)' | cmp -s - $@ || \
+	  echo '$(PEFT_KERNELS_CUDA) $(PEFT_KERNELS_CUDA_ARCHS) $(CMAKE_ARGS)' > $@
+
+.venv/built: .venv/tools .venv/options setup.py build_backend.py CMakeLists.txt $(CXX_SOURCES)
 	@echo "==> [2/3] Building the native library"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -4,9 +4,10 @@ The library talks to torch's stable C++ ABI and never to Python, so a wheel serv
 torch >= 2.10 of its platform. Where it cannot be built the package installs without it, says so, and runs on
 the reference; PEFT_KERNELS_REQUIRE_NATIVE=1 makes that an error. CXX, CUDACXX and CMAKE_ARGS reach CMake.
 
-Kernels in CUDA C++ are in the library where nvcc and a CUDA build of torch were found. PEFT_KERNELS_CUDA=1
-builds them for any torch, and makes it an error where that cannot be done; PEFT_KERNELS_CUDA=0 leaves them
-out. PEFT_KERNELS_CUDA_ARCHS says for which GPUs, as CMAKE_CUDA_ARCHITECTURES does: "90a-real", for example.
+Kernels in CUDA C++ are in the library where nvcc and a CUDA build of torch were found. Where nvcc then fails,
+the library is built without them, and setup says so. PEFT_KERNELS_CUDA=1 builds them for any torch, and makes
+it an error where that cannot be done; PEFT_KERNELS_CUDA=0 leaves them out. PEFT_KERNELS_CUDA_ARCHS says for
+which GPUs, as CMAKE_CUDA_ARCHITECTURES does: "90a-real", for example.
 """
 
 from __future__ import annotations
@@ -27,16 +28,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "_native.so"
 FAILURE_NOTE = "_native_build_failure.txt"  # shipped instead of the library, for `python -m peft_kernels`
+CUDA_FAILURE_NOTE = "_native_cuda_failure.txt"  # shipped beside one that had to do without CUDA C++ kernels
 REMEDY = (
     "Without it every operation runs on the slow reference implementation. Install a C++20 compiler "
     "(Debian: apt-get install g++) and install this package again. If it is nvcc that fails, "
     "PEFT_KERNELS_CUDA=0 builds the library without CUDA C++ kernels; Triton's then serve GPUs."
+)
+CUDA_REMEDY = (
+    "The library is now built without them; Triton's kernels serve GPUs. To build them, install a CUDA "
+    "toolkit and a host compiler that go together, and this package again."
 )
 CUDA = os.environ.get("PEFT_KERNELS_CUDA") or "AUTO"
 REQUIRE_NATIVE = os.environ.get("PEFT_KERNELS_REQUIRE_NATIVE", "0") not in ("", "0") or CUDA not in (
     "0",
     "AUTO",
 )
+LOG = "build.log"
+WITH_CUDA = "-- CUDA C++ kernels: nvcc"  # csrc/cuda/cuda.cmake says it
 
 
 class NativeBuildError(RuntimeError):
@@ -65,19 +73,33 @@ class NativeBuild(build_ext):
         build_dir = ROOT / "build" / "native" if self.inplace else Path(self.build_temp).resolve() / "native"
         if not self.inplace:
             shutil.rmtree(build_dir, ignore_errors=True)
-        note = self.package_folder / FAILURE_NOTE
-        note.unlink(missing_ok=True)
+        for note in (FAILURE_NOTE, CUDA_FAILURE_NOTE):
+            (self.package_folder / note).unlink(missing_ok=True)
         try:
-            build_native(build_dir, self.package_folder)
+            self.build(build_dir)
         except NativeBuildError as error:
             (self.package_folder / LIBRARY).unlink(missing_ok=True)
-            self.package_folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"{error}\n")
-            frame = "!" * 100
-            headline = "THE NATIVE LIBRARY OF peft_kernels WAS NOT BUILT"
-            print(f"{frame}\n{headline}\n\n{error}\n{REMEDY}\n{frame}", flush=True)
+            self.report(error, "THE NATIVE LIBRARY OF peft_kernels WAS NOT BUILT", REMEDY, FAILURE_NOTE)
             if REQUIRE_NATIVE:
                 sys.exit(1)
+
+    def build(self, build_dir: Path) -> None:
+        """Build the library; without CUDA C++ kernels if it has them by itself only, and fails with them."""
+        try:
+            build_native(build_dir, self.package_folder, CUDA)
+        except NativeBuildError as error:
+            if REQUIRE_NATIVE or CUDA != "AUTO" or WITH_CUDA not in (build_dir / LOG).read_text():
+                raise
+            headline = "THE CUDA C++ KERNELS OF peft_kernels WERE NOT BUILT"
+            self.report(error, headline, CUDA_REMEDY, CUDA_FAILURE_NOTE)
+            build_native(build_dir, self.package_folder, "0")
+
+    def report(self, error: NativeBuildError, headline: str, remedy: str, note: str) -> None:
+        """Say what failed, and leave a note in the package for `python -m peft_kernels`."""
+        self.package_folder.mkdir(parents=True, exist_ok=True)
+        (self.package_folder / note).write_text(f"{error}\n")
+        frame = "!" * 100
+        print(f"{frame}\n{headline}\n\n{error}\n{remedy}\n{frame}", flush=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the library's place in the package: no Python ABI in its name."""
@@ -93,18 +115,18 @@ class StableAbiWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if library.is_file() else "any"
 
 
-def build_native(build_dir: Path, package: Path) -> None:
+def build_native(build_dir: Path, package: Path, cuda: str) -> None:
     """Configure and build CMakeLists.txt in `build_dir`, writing the library into the folder `package`."""
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
     build_dir.mkdir(parents=True, exist_ok=True)
-    log = build_dir / "build.log"
-    log.unlink(missing_ok=True)
+    log = build_dir / LOG
+    log.write_text("")
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
     configure = [
         *(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir)),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPEFT_KERNELS_OUTPUT_DIR={package}",
-        f"-DPEFT_KERNELS_CUDA={CUDA}",
+        f"-DPEFT_KERNELS_CUDA={cuda}",
         *cuda_architectures(),
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]

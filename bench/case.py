@@ -56,17 +56,18 @@ class Case:
     dropout: float = 0.0
     suites: tuple[str, ...] = ("full",)
     against: tuple[str, ...] = ()  # the baselines that its suite asks for; empty: all that apply
+    label: str = ""  # whose shape it is, "llama-3.1-8b:q,o", or which whole model
 
     @property
     def name(self) -> str:
-        """`op/direction/shape/weight/dtype[/p]`, what `--filter` matches."""
+        """`op/direction/shape/weight/dtype[/p][@label]`, what `--filter` matches."""
         sizes = {"M": self.m, "K": self.k, "N": self.n, "r": self.r}
         shape = "-".join(f"{axis}{size}" for axis, size in sizes.items() if size)
         parts = [self.op, self.direction, shape]
         parts += [self.weight] if self.weight != "none" else []
         parts += [self.dtype]
         parts += [f"p{self.dropout}"] if self.dropout else []
-        return "/".join(parts)
+        return "/".join(parts) + (f"@{self.label.replace(' ', '-')}" if self.label else "")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_kernels import NF4Weight, functional
-from peft_kernels.nn import DoRALinear, LoRALinear
+from peft_kernels.nn import DoRALinear, LoRALinear, NF4Linear
 
 from . import baselines
 from .case import OURS, OURS_LORA, Case, Family, Oracle, Prepared, Program, Unavailable, differentiated
@@ -271,7 +271,9 @@ def _modules(dora: _DoRA, kind: type[LoRALinear]) -> list[Program]:
     """Our layers in evaluation mode."""
     case, programs = dora.layer.case, []
     for weight in copy.deepcopy(dora.layer.weights):  # ours and our LoRA must not find each other's in cache
-        module = kind.from_linear(_base_module(case, weight), r=case.r, lora_alpha=SCALING * case.r).eval()
+        nf4 = isinstance(weight, NF4Weight)
+        base = NF4Linear.from_weight(weight) if nf4 else baselines.dense_module(weight)
+        module = kind.from_linear(base, r=case.r, lora_alpha=SCALING * case.r).eval()
         with torch.no_grad():
             for parameter, value in zip(module.adapter, dora.adapter, strict=True):
                 parameter.copy_(value)

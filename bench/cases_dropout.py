@@ -15,13 +15,13 @@ from . import baselines
 from .case import OURS, Case, Family, Oracle, Prepared, Program, differentiated
 from .oracle import keep_scale, unit_roundoff
 
-_CASE = partial(Case, "dropout", "philox_dropout", n=0)
+DROPOUT = partial(Case, "dropout", "philox_dropout", n=0)
 
 CASES = (
-    _CASE(m=4, k=64, direction="both", dropout=0.25, suites=("smoke",)),
-    _CASE(m=512, k=4096, direction="both", dropout=0.05, suites=("quick", "full")),
-    _CASE(m=512, k=4096, direction="forward", dropout=0.05),
-    _CASE(m=512, k=4096, direction="both", dropout=0.05, dtype="bfloat16"),
+    DROPOUT(m=4, k=64, direction="both", dropout=0.25, suites=("smoke",)),
+    DROPOUT(m=512, k=4096, direction="both", dropout=0.05, suites=("quick", "full")),
+    DROPOUT(m=512, k=4096, direction="forward", dropout=0.05),
+    DROPOUT(m=512, k=4096, direction="both", dropout=0.05, dtype="bfloat16"),
 )
 
 

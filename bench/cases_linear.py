@@ -26,7 +26,7 @@ from .oracle import LinearTerms, keep_scale, linear_oracle, unit_roundoff
 SCALING = 2.0
 NF4 = partial(Case, "linear", "nf4_linear", weight="nf4")
 QLORA = partial(Case, "linear", "nf4_lora_linear", weight="nf4_double", direction="both")
-_LORA = partial(Case, "linear", "lora_linear", weight="dense", direction="both")
+LORA = partial(Case, "linear", "lora_linear", weight="dense", direction="both")
 _SMOKE, _QUICK = ("smoke",), ("quick", "full")
 
 CASES = (
@@ -43,8 +43,8 @@ CASES = (
     NF4(64, 384, 384, suites=_QUICK),
     NF4(64, 384, 1536, suites=_QUICK),
     QLORA(128, 384, 384, r=8, suites=_QUICK),
-    QLORA(128, 384, 1536, r=8, dropout=0.05, suites=_QUICK),
-    _LORA(128, 384, 1536, r=8, suites=_QUICK),
+    *(QLORA(128, 384, 1536, r=r, dropout=0.05, suites=_QUICK) for r in (8, 64)),
+    LORA(128, 384, 1536, r=8, suites=_QUICK),
     # The rest of the grid
     NF4(256, 4096, 4096),
     NF4(512, 4096, 4096, direction="backward"),
@@ -54,12 +54,12 @@ CASES = (
     *(NF4(m, 4096, 4096, dtype="bfloat16", direction="backward") for m in (1, 64, 512)),
     QLORA(1, 4096, 4096, r=16),
     QLORA(1, 4096, 4096, r=16, dropout=0.05),
-    QLORA(64, 4096, 4096, r=16),
+    *(QLORA(64, 4096, 4096, r=r) for r in (4, 16, 64)),
     QLORA(512, 4096, 4096, r=16),
     QLORA(512, 4096, 4096, r=16, dropout=0.05),
     QLORA(64, 4096, 4096, r=16, dtype="bfloat16"),
-    *(_LORA(m, 4096, 4096, r=16) for m in (1, 64, 512)),
-    _LORA(64, 4096, 4096, r=16, dropout=0.05),
+    *(LORA(m, 4096, 4096, r=16) for m in (1, 64, 512)),
+    LORA(64, 4096, 4096, r=16, dropout=0.05),
 )
 
 Forward = Callable[[], Tensor]

@@ -20,12 +20,23 @@ def check_plot(path: Path) -> None:
     Raises:
         ValueError: there is no matplotlib, or no such folder, or the file's name ends in none of `FORMATS`.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install 'peft_kernels[bench]'")
+    check_matplotlib("--plot")
     if path.suffix not in FORMATS:
         raise ValueError(f"--plot must end in one of {', '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"--plot must be in a folder that exists, got {path}")
+
+
+def check_matplotlib(option: str) -> None:
+    """Refuse an option that needs it where there is no matplotlib.
+
+    Raises:
+        ValueError: how to get it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            f"{option} needs matplotlib, which is not installed: pip install 'peft_kernels[bench]'"
+        )
 
 
 def save_plot(curves: Sequence[Curve], title: str, path: Path) -> None:
@@ -45,10 +56,10 @@ def save_plot(curves: Sequence[Curve], title: str, path: Path) -> None:
             "markersize": 3,
             "label": label,
         }
-        tokens = [point.m for point in curve.points]
+        tokens = [point.size for point in curve.points]
         times.plot(tokens, [point.ms.median for point in curve.points], **look)
         shares.plot(tokens, [point.roofline_percent for point in curve.points], **look)
-    ticks = sorted({point.m for curve in curves for point in curve.points})
+    ticks = sorted({point.size for curve in curves for point in curve.points})
     for axes, quantity in ((times, "ms per call"), (shares, "% of the roofline")):
         axes.set(xscale="log", xlabel="tokens M", ylabel=quantity)
         axes.set_xticks(ticks, labels=map(str, ticks), rotation=90, fontsize="small")

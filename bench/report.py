@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .case import GATE_BASELINES, OURS
+from .case import GATE_BASELINES, OURS, Case
+from .compare import Change, Comparison, judge_regressions
 from .gate import Verdict, judge
 from .limits import Line
 from .machine import Machine
@@ -21,13 +22,20 @@ LEGEND = (
     "ratio = baseline time / our time, median of paired rounds [95 % band]; * gates --fail-below; "
     "GB/s and % roof count the bytes the problem needs, not those a contestant moves; "
     "faults = pages that a call is given anew, for its results or for more; "
-    "scratch = peak memory of a call beyond its results; "
+    "scratch = peak memory of a call beyond its results, peak (whole models) = with them; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
+TABLE_WIDTH = 132  # a narrower terminal wraps lines, which loses nothing
 _HEADINGS = (
     *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
     *("faults", "scratch", "saved", "error", "rounds"),
 )
+_MODEL_HEADINGS = {"GB/s": "tokens/s", "scratch": "peak"}  # of whole models
+
+
+def make_console() -> Console:
+    """A console that is wide enough for the tables."""
+    return Console(width=max(Console().width, TABLE_WIDTH))
 
 
 def machine_table(machine: Machine, rooflines: list[Roofline]) -> Table:
@@ -60,12 +68,13 @@ def case_view(result: CaseResult) -> Group:
         title += f", {CHECKED_TOKENS} tokens checked"
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True, min_width=22)
+    renamed = _MODEL_HEADINGS if result.case.family == "model" else {}
     for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(renamed.get(heading, heading), justify="right", no_wrap=True)
     notes = []
     for contestant in result.contestants:
         if contestant.measurement:
-            table.add_row(*_contestant_row(contestant, contestant.measurement))
+            table.add_row(*_contestant_row(result.case, contestant, contestant.measurement))
         else:
             notes.append(_note(contestant))
     return Group(title, table, *notes, "")
@@ -151,13 +160,43 @@ def print_sweep(console: Console, verdicts: Sequence[Verdict]) -> None:
             console.print("\n".join(texts), markup=False, highlight=False)
 
 
+def print_comparison(console: Console, comparison: Comparison, threshold: float | None) -> None:
+    """What has changed since an older run, and whether that is too much."""
+    changes = comparison.changes
+    console.print(f"[bold]Against the run of {comparison.old}[/bold]")
+    for change in sorted(changes, key=lambda change: -change.time.median):
+        if change.verdict != "same":
+            console.print(_change_text(change))
+    same = sum(change.verdict == "same" for change in changes)
+    console.print(f"{same} of {len(changes)} cases take the same time within their noise bands")
+    for what, names in (
+        ("not comparable", comparison.differences),
+        ("too noisy to compare", comparison.unjudged),
+        ("only in this run", comparison.added),
+        ("only in the old run", comparison.removed),
+    ):
+        for name in names:
+            console.print(f"{what}: {name}", markup=False, highlight=False)
+    if threshold is not None:
+        slow = [verdict for verdict in judge_regressions(comparison, threshold) if verdict.kind == "slow"]
+        if slow:
+            console.print(f"[bold red]{len(slow)} slower by more than {threshold:.0%}[/bold red]")
+        elif changes:
+            console.print(f"[green]none slower by more than {threshold:.0%} beyond noise[/green]")
+
+
 def print_header(console: Console, report: Report) -> None:
     """Machine, limits and legend."""
     console.print(machine_table(report.machine, report.rooflines))
     console.print(f"[dim]{escape(LEGEND)}[/dim]\n")
 
 
-def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> list[str]:
+def _change_text(change: Change) -> Text:
+    colour = {"slower": "red", "faster": "green", "same": ""}[change.verdict]
+    return Text(f"  {change.verdict}: {change.title}: {change.sentence}", style=colour)
+
+
+def _contestant_row(case: Case, contestant: ContestantResult, measurement: Measurement) -> list[str]:
     ratio = measurement.ratio
     error = "-" if contestant.error is None else f"{contestant.error:.1e}"
     outside = contestant.tolerance_used is not None and contestant.tolerance_used > 1
@@ -169,7 +208,9 @@ def _contestant_row(contestant: ContestantResult, measurement: Measurement) -> l
         f"±{100 * measurement.ms.half_width:.1f}%",
         f"{ratio.median:.2f}x" if ratio else "",
         escape(f"[{ratio.low:.2f}, {ratio.high:.2f}]") if ratio else "",
-        f"{measurement.gb_s:.2f}",
+        f"{1e3 * case.m / measurement.ms.median:.1f}"
+        if case.family == "model"
+        else f"{measurement.gb_s:.2f}",
         "-" if measurement.gflop_s is None else f"{measurement.gflop_s:.1f}",
         f"{measurement.roofline_percent:.0f}",
         f"{measurement.page_faults:.0f}",

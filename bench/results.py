@@ -17,14 +17,29 @@ from .machine import Machine
 from .roofline import Roofline
 from .stats import Band
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One visit to a case, of one contestant: its undisturbed rounds.
+
+    `ratios`: its time over ours, of the rounds in which neither was disturbed (none for ours). `rounds`: all,
+    disturbed ones too. `calls`: of a round. `page_faults`: of a call, the median over rounds.
+    """
+
+    samples_ms: list[float]
+    ratios: list[float]
+    rounds: int
+    calls: int
+    page_faults: float
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Speed of one contestant; `ratio` is its time over ours (None for ours), paired round by round.
 
-    `page_faults` of a call, the median over rounds: those of its results are among them.
+    Bands span all passes. `page_faults` of a call, the median over passes, those of its results included.
     """
 
     ms: Band
@@ -32,11 +47,23 @@ class Measurement:
     gb_s: float
     gflop_s: float | None
     roofline_percent: float
-    calls: int
-    rounds: int
-    dropped: int
     page_faults: float
-    samples_ms: list[float]
+    passes: list[Pass]
+
+    @property
+    def samples_ms(self) -> list[float]:
+        """Undisturbed samples of all passes."""
+        return [sample for each in self.passes for sample in each.samples_ms]
+
+    @property
+    def rounds(self) -> int:
+        """Undisturbed rounds of all passes."""
+        return len(self.samples_ms)
+
+    @property
+    def dropped(self) -> int:
+        """Disturbed rounds of all passes."""
+        return sum(each.rounds for each in self.passes) - self.rounds
 
 
 @dataclass(frozen=True)
@@ -89,21 +116,41 @@ class CaseResult:
     clock: str
     seconds: float
 
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte that the problem needs; 0 where FLOPs are not counted."""
+        return self.flops / (self.read_bytes + self.write_bytes)
+
+    @property
+    def gflop_s(self) -> float | None:
+        """Speed of ours; None without one, or where FLOPs are not counted."""
+        ours = self.contestants[0].measurement
+        return ours.gflop_s if ours else None
+
+    @property
+    def title(self) -> str:
+        """The case and its thread count."""
+        return f"{self.name}, {self.threads} thread{'s' if self.threads != 1 else ''}"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for."""
+    """What was asked for; `command` is how, and what else was asked for with it."""
 
     suite: str
     families: list[str]
     pattern: str
     baselines: list[str]
+    presets: list[str]
     threads: list[int]
+    passes: int
     max_seconds: float
     fail_below: float | None
+    fail_regression: float | None
     fail_sweep: bool
     seed: int
     device: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,10 @@ class Report:
     rooflines: list[Roofline]
     cases: list[CaseResult]
     interrupted: bool
+
+    def measured_on(self, threads: int) -> str:
+        """What some of the cases ran on, in words: the GPU, or so many threads."""
+        return "GPU" if self.machine.gpu else f"{threads} thread{'s' if threads != 1 else ''}"
 
 
 def finite(value: float) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -18,10 +17,10 @@ from .gate import gate_of
 from .machine import usable_processors
 from .measure import Budget, Rounds, interleave
 from .oracle import compare
+from .rating import Work, passes_of, rate
 from .registry import baselines, prepare
-from .results import CaseResult, ContestantResult, Measurement, finite
+from .results import CaseResult, ContestantResult, finite
 from .roofline import Roofline
-from .stats import MIN_CLEAN_ROUNDS, clean_seconds, median_band, paired_ratios
 from .worker import RemoteContestant, Workers
 
 Results = dict[str, ContestantResult]
@@ -52,8 +51,11 @@ class CaseRunner:
     device: Device | None = None
     _last: tuple[Case, Prepared] | None = field(default=None, init=False, repr=False)
 
-    def run(self, case: Case, threads: int) -> CaseResult:
-        """Check, measure and rate one case."""
+    def run(self, case: Case, threads: int, earlier: CaseResult | None = None) -> CaseResult:
+        """Check, measure and rate one case; with `earlier`, the result so far, add another pass to it.
+
+        Another pass has new tensors, checks nothing again, and leaves out what takes seconds to set up.
+        """
         start, clock = time.perf_counter(), ""
         device = CPU(self.workers) if self.device is None else self.device
         before = torch.get_num_threads()
@@ -62,13 +64,18 @@ class CaseRunner:
             with device.tensors():
                 prepared = self._prepare(case)
                 roofline_ms, bound = self.rooflines[threads].milliseconds(prepared, case.dtype)
-                names = [name for name in baselines(case) if name in self.baselines]
-                results, programs = self._check(device, prepared, names, threads)
-            if results[OURS].status != "failed":
+                if earlier:
+                    results = {result.name: result for result in earlier.contestants}
+                    programs = _rebuild(prepared, results)
+                else:
+                    names = [name for name in baselines(case) if name in self.baselines]
+                    results, programs = self._check(device, prepared, names, threads)
+            if OURS in programs and results[OURS].status != "failed":
                 torch.set_num_threads(threads)
-                results = self._measure_memory(device, case, prepared, results, programs, threads)
-                rounds, results, clock = self._measure_time(device, case, results, programs, threads)
-                results = _rate(results, rounds, threads, prepared, roofline_ms)
+                if not earlier:
+                    results = self._measure_memory(device, case, prepared, results, programs, threads)
+                rounds, results, clock = self._measure_time(device, case, results, programs, threads, earlier)
+                results |= _rate(results, rounds, threads, Work.of(prepared, roofline_ms))
         finally:
             torch.set_num_threads(before)
             gc.collect()
@@ -86,7 +93,7 @@ class CaseRunner:
             contestants=list(results.values()),
             gate=gate_of(results.values()),
             clock=clock,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - start + (earlier.seconds if earlier else 0.0),
         )
 
     def _prepare(self, case: Case) -> Prepared:
@@ -114,8 +121,8 @@ class CaseRunner:
             except device.failures as error:
                 status: Literal["failed", "missing"] = "failed" if name == OURS else "missing"
                 results[name] = ContestantResult(name, status, f"{type(error).__name__}: {error}")
-            if results[name].status == "failed":
-                break
+            if name == OURS and results[name].status != "measured":
+                break  # there is nothing to compare with
         return results, programs
 
     def _measure_memory(
@@ -139,19 +146,43 @@ class CaseRunner:
         }
 
     def _measure_time(
-        self, device: Device, case: Case, results: Results, programs: dict[str, list[Program]], threads: int
+        self,
+        device: Device,
+        case: Case,
+        results: Results,
+        programs: dict[str, list[Program]],
+        threads: int,
+        earlier: CaseResult | None,
     ) -> tuple[Rounds, Results, str]:
         contestants, clock = device.timer(
             {name: [program.call for program in copies] for name, copies in programs.items()}
         )
         for name in results:
-            if name.endswith(TUNED_SUFFIX):
+            if name.endswith(TUNED_SUFFIX) and not earlier:
                 try:
                     stock = name.removesuffix(TUNED_SUFFIX)
                     contestants[name] = RemoteContestant(self.workers.tuned(), case, stock, threads)
                 except Unavailable as unavailable:
                     results = results | {name: ContestantResult(name, "missing", str(unavailable))}
         return interleave(contestants, OURS, threads, self.budget, self.seed, self.tick), results, clock
+
+
+def _rebuild(prepared: Prepared, results: Results) -> dict[str, list[Program]]:
+    """The programs of another pass: of whoever could run in the first, but for what is costly to set up."""
+    return {
+        name: prepared.contestants[name]()
+        for name, result in results.items()
+        if result.status in ("measured", "noisy") and name != "compile" and not name.endswith(TUNED_SUFFIX)
+    }
+
+
+def _rate(results: Results, rounds: Rounds, threads: int, work: Work) -> Results:
+    """The results of this pass's contestants, with this pass added to those they have."""
+    rated = {}
+    for name, this in passes_of(rounds, threads).items():
+        before = results[name].measurement
+        rated[name] = rate(results[name], [*(before.passes if before else ()), this], work)
+    return rated
 
 
 def _check_contestant(prepared: Prepared, name: str, threads: int) -> tuple[ContestantResult, list[Program]]:
@@ -174,32 +205,3 @@ def _check_contestant(prepared: Prepared, name: str, threads: int) -> tuple[Cont
         name, "measured", error=finite(check.error), tolerance_used=finite(check.tolerance_used)
     )
     return result, programs
-
-
-def _rate(results: Results, rounds: Rounds, threads: int, prepared: Prepared, roofline_ms: float) -> Results:
-    """Turn rounds into milliseconds, ratios and rates."""
-    rated = dict(results)
-    for name, samples in rounds.items():
-        times = [1e3 * seconds for seconds in clean_seconds(samples, threads)]
-        taken = [sample for sample in samples if sample]
-        ratios = [] if name == OURS else paired_ratios(samples, rounds[OURS], threads)
-        usable = len(times) if name == OURS else len(ratios)
-        if usable < MIN_CLEAN_ROUNDS:
-            reason = f"{usable} of {len(taken)} rounds undisturbed, {MIN_CLEAN_ROUNDS} needed"
-            rated[name] = replace(results[name], status="noisy", reason=reason)
-            continue
-        ms = median_band(times)
-        measurement = Measurement(
-            ms=ms,
-            ratio=median_band(ratios) if ratios else None,
-            gb_s=(prepared.read_bytes + prepared.write_bytes) / (ms.median * 1e6),
-            gflop_s=prepared.flops / (ms.median * 1e6) if prepared.flops else None,
-            roofline_percent=100 * roofline_ms / ms.median,
-            calls=taken[0].calls,
-            rounds=len(times),
-            dropped=len(taken) - len(times),
-            page_faults=statistics.median(sample.faults / sample.calls for sample in taken),
-            samples_ms=times,
-        )
-        rated[name] = replace(results[name], measurement=measurement)
-    return rated

@@ -9,6 +9,7 @@ from .cases_adapter import adapter
 from .cases_dora import DORA, NORM
 from .cases_ia3 import FEEDFORWARD, IA3, SCALE_ONLY
 from .cases_linear import NF4, QLORA
+from .cases_model import DECODE, TRAIN, model_case
 
 SWEEP_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 _DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -152,6 +153,8 @@ GPU = (
     _gpu(IA3(SCALE_ONLY, 4096, 64, 4096, weight="dense", direction="backward"), True),
     *(_gpu(adapter(m, 4096, 64, "forward"), m == 512) for m in (1, 512)),
     *(_gpu(adapter(m, 4096, 64), m == 512) for m in (512, 2048)),
+    *(_gpu(model_case(TRAIN, "llama-3.2-1b:2-layers", m)) for m in (512, 2048)),
+    _gpu(model_case(DECODE, "llama-3.2-1b:2-layers")),
     _gpu(Case("dropout", "philox_dropout", 2048, 4096, 0, direction="both", dropout=0.05), True),
 )
 

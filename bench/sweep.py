@@ -1,10 +1,11 @@
-"""Results over M: curves for a plot, and the verdict of the suite `sweep`, that cost grows with M."""
+"""Results over M or r: curves for a plot, and the verdict of the suite `sweep`, that cost grows with M."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .case import OURS, Case
 from .gate import Verdict
@@ -16,19 +17,21 @@ from .stats import Band
 # bands know nothing. Time per token is flat at large M, where that alone would make it rise.
 JUMP = 0.05
 
+Over = Literal["m", "r"]
+
 
 @dataclass(frozen=True)
 class Point:
-    """Time of a call for M tokens, and roofline time as a share of it."""
+    """Time of a call for `size` tokens, or of that rank, and roofline time as a share of it."""
 
-    m: int
+    size: int
     ms: Band
     roofline_percent: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One contestant on one problem (a case with m = 0); points in order of M."""
+    """One contestant on one problem (a case with m = 0, or with r = 0); points in order of M, or r."""
 
     problem: Case
     threads: int
@@ -36,9 +39,10 @@ class Curve:
     points: tuple[Point, ...]
 
 
-def problem_of(case: Case) -> Case:
-    """What cases that differ in M alone have in common."""
-    return replace(case, m=0, suites=(), against=())
+def problem_of(case: Case, over: Over = "m") -> Case:
+    """What cases that differ in M alone, or in r alone, have in common."""
+    shared = replace(case, suites=(), against=())
+    return replace(shared, m=0) if over == "m" else replace(shared, r=0)
 
 
 def has_curves(cases: Iterable[Case]) -> bool:
@@ -47,16 +51,17 @@ def has_curves(cases: Iterable[Case]) -> bool:
     return len(set(problems)) < len(problems)
 
 
-def curves(report: Report) -> list[Curve]:
-    """Every contestant of every problem, where it was measured for two M or more."""
+def curves(report: Report, over: Over = "m") -> list[Curve]:
+    """Every contestant of every problem, where it was measured for two M (or r) or more."""
     points: dict[tuple[Case, int, str], list[Point]] = {}
     for result in report.cases:
         for contestant in result.contestants:
-            if speed := contestant.measurement:
-                key = (problem_of(result.case), result.threads, contestant.name)
-                points.setdefault(key, []).append(Point(result.case.m, speed.ms, speed.roofline_percent))
+            size = result.case.m if over == "m" else result.case.r
+            if size and (speed := contestant.measurement):
+                key = (problem_of(result.case, over), result.threads, contestant.name)
+                points.setdefault(key, []).append(Point(size, speed.ms, speed.roofline_percent))
     return [
-        Curve(*key, tuple(sorted(found, key=lambda point: point.m)))
+        Curve(*key, tuple(sorted(found, key=lambda point: point.size)))
         for key, found in points.items()
         if len(found) > 1
     ]
@@ -73,12 +78,12 @@ def breaks(points: Sequence[Point]) -> list[str]:
         larger = min(points[i + 1 :], key=lambda other: other.ms.high, default=None)
         if larger and point.ms.low > larger.ms.high:
             more = point.ms.median / larger.ms.median - 1
-            sentences.append(f"M={point.m} takes {more:.1%} more time than M={larger.m}")
+            sentences.append(f"M={point.size} takes {more:.1%} more time than M={larger.size}")
     for before, point in itertools.pairwise(points):
-        tokens = point.m / before.m
+        tokens = point.size / before.size
         if point.ms.low > (1 + JUMP) * tokens * before.ms.high:
             more = point.ms.median / (tokens * before.ms.median) - 1
-            sentences.append(f"M={point.m} takes {more:.1%} more time per token than M={before.m}")
+            sentences.append(f"M={point.size} takes {more:.1%} more time per token than M={before.size}")
     return sentences
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from peft_kernels.bench.case import OURS, Case
-from peft_kernels.bench.registry import baselines, default_baselines, select
+from peft_kernels.bench.presets import PRESET_SUITES, preset_cases
+from peft_kernels.bench.registry import FAMILIES, baselines, default_baselines, matching, select
 from peft_kernels.bench.report import threads_text
 from peft_kernels.bench.results import CaseResult
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -38,7 +39,9 @@ _REPLAY = _Replay()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    cases = select(option("--bench-suite"), pattern=option("--bench-filter"))
+    suite, presets = option("--bench-suite"), option("--bench-preset")
+    everything = preset_cases(presets.split(","), PRESET_SUITES[suite], suite) if presets else select(suite)
+    cases = matching(everything, FAMILIES, option("--bench-filter"))
     wanted = {OURS, *default_baselines(option("--bench-suite"))}
     pairs = [(case, name) for case in cases for name in (OURS, *baselines(case)) if name in wanted]
     metafunc.parametrize(("case", "contestant"), pairs, ids=[f"{case.name}-{name}" for case, name in pairs])

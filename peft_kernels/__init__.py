@@ -2,7 +2,9 @@
 
 >>> import peft_kernels as pk
 >>> report = pk.replace_layers(model)  # a model with PEFT, adapters or bitsandbytes layers: same numbers
->>> print(report)                      # per layer: fused or left alone, and why
+>>> print(report)  # per layer: fused or left alone, and why
+2 of 2 PEFT, adapters and bitsandbytes layers fused
+...
 
 `pk.functional` has the ops, `pk.nn` the layers, `pk.optim` parameter groups for optimisers;
 `python -m peft_kernels` says what runs on this machine.

@@ -19,7 +19,9 @@ def loraplus_param_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `model` in LoRA+'s groups: A at the rate lr, B at lr * ratio.
 
-        optimizer = torch.optim.AdamW(pk.optim.loraplus_param_groups(model, lr=1e-4, ratio=16))
+        >>> optimizer = torch.optim.AdamW(pk.optim.loraplus_param_groups(model, lr=1e-4, ratio=16))
+        >>> [group["lr"] for group in optimizer.param_groups]  # A, embeddings, B, B without decay
+        [0.0001, 1e-06, 0.0016, 0.0016]
 
     A and B should not move at one rate: as the width n of a layer grows, features are learned efficiently
     where the rate of A is of order 1/n and that of B of order 1. The paper recommends a ratio of about

@@ -103,9 +103,11 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
     To count before there is a model, make it on the meta device, which takes no memory:
 
-        with torch.device("meta"):
-            model = peft.get_peft_model(LlamaForCausalLM(config), lora_config)
-        print(pk.trainable_parameters(model))
+        >>> with torch.device("meta"):
+        ...     layers = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 11008))
+        ...     model = peft.get_peft_model(layers, peft.LoraConfig(r=16, target_modules=["0", "1"]))
+        >>> pk.trainable_parameters(model).trainable
+        372736
 
     Args:
         model: any module, of PEFT, adapters, `pk.nn` or none of them.
@@ -150,6 +152,8 @@ def _size(module: nn.Module, parameter: nn.Parameter) -> int:
     if isinstance(module, NF4Linear) and parameter is module._parameters.get("weight"):
         return module.out_features * module.in_features
     quant_state = getattr(parameter, "quant_state", None)  # of bitsandbytes, once it is quantised
+    if quant_state is None and parameter is module._parameters.get("weight"):
+        quant_state = getattr(module, "quant_state", None)  # FSDP's shards have none
     if quant_state is not None:
         check_sizes("quant_state.shape", quant_state.shape)
         return math.prod(quant_state.shape)

@@ -1,8 +1,7 @@
 #include "tensors.h"
 
+#include <atomic>
 #include <bit>
-#include <exception>
-#include <mutex>
 #include <new>
 
 namespace peft_kernels::bindings {
@@ -69,19 +68,16 @@ cpu::NF4Weight cpu_weight(const NF4Parts& parts) {
 cpu::ThreadPool torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t tasks, void* context, void (*body)(void*, int64_t, int64_t)) {
-            // An exception must not cross torch's C interface: the first is kept, and thrown again when all threads are
-            // done.
-            std::exception_ptr failure;
-            std::mutex guard;
+            // An exception must not cross torch's C interface: it is thrown again when all threads are done.
+            std::atomic<bool> out_of_memory = false;
             torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
               try {
                 body(context, begin, end);
               } catch (const std::bad_alloc&) {  // for scratch: all that a kernel can throw
-                const std::lock_guard<std::mutex> lock(guard);
-                failure = std::current_exception();
+                out_of_memory = true;
               }
             });
-            if (failure) std::rethrow_exception(failure);
+            if (out_of_memory) throw std::bad_alloc();
           }};
 }
 

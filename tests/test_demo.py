@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import math
-import re
 from pathlib import Path
 
 import peft
@@ -26,7 +25,6 @@ from word_polarity.words import Word, load_words, majority_share, parse_lexicon,
 # peft 0.21 asks transformers 5 for a property by its former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-QUICKSTART = Path(__file__).parent.parent / "docs" / "quickstart.md"
 WORDS = [Word(f"word{i}", positive=i % 3 == 0) for i in range(20)]
 
 
@@ -242,21 +240,3 @@ def test_three_steps_on_the_real_encoder(tmp_path, monkeypatch):
         path.name for path in Path(tmp_path).iterdir()
     }
     assert "37 of 37 layers fused" in screen.getvalue()
-
-
-def test_quick_start_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(
-        re.findall(r"^```python\n(.*?)^```", QUICKSTART.read_text(encoding="utf-8"), re.M | re.S)
-    )
-    names: dict[str, object] = {}
-    exec(compile(code, QUICKSTART.name, "exec"), names)
-    fused = names["report"].fused
-    assert len(names["report"].skipped) == 0
-    plain = sum(row.layer == "bitsandbytes.Linear4bit" for row in fused)
-    assert f"{len(fused) - plain} with LoRA and {plain} plain 4-bit ones" in QUICKSTART.read_text(
-        encoding="utf-8"
-    )
-    assert "layers fused" in capsys.readouterr().out
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    assert not pk.explain(names["model"]).fused

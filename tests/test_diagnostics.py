@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 
 from peft_kernels import __main__ as command
 from peft_kernels import __version__, diagnostics
-from peft_kernels.core.library import BUILD_FAILURE_NOTE, NativeLibrary, native_library
+from peft_kernels.core.library import BUILD_FAILURE_NOTE, CUDA_FAILURE_NOTE, NativeLibrary, native_library
+from peft_kernels.diagnostics import environment, machine
 
 OPS = (
     *("adapted_linear", "adapted_linear_backward", "bottleneck_adapter", "bottleneck_adapter_backward"),
@@ -23,11 +25,8 @@ OPS = (
 MISSING = NativeLibrary(Path("/nowhere/_native.so"), False, "/nowhere/_native.so does not exist", None, ())
 
 
-def run_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str
-) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["peft_kernels", *options])
-    status = command.main()
+def run_command(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status = command.main(list(options))
     return status, capsys.readouterr().out
 
 
@@ -41,6 +40,7 @@ def test_runs_as_a_program_and_passes() -> None:
     assert data["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert tuple(data["backends"]) == OPS
     assert all(result["passed"] for result in data["self-test"])
+    assert {"name", "level", "what", "why", "remedy", "gain"} == set().union(*data["advice"])
 
 
 def test_report_names_the_library_and_the_kernels_in_use() -> None:
@@ -58,8 +58,8 @@ def test_report_names_the_library_and_the_kernels_in_use() -> None:
 def test_report_names_the_gpus_that_the_library_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels_for(*architectures: str) -> str:
         record = NativeLibrary(Path("_native.so"), True, None, "avx2", ("avx2",), architectures)
-        monkeypatch.setattr(diagnostics, "native_library", lambda: record)
-        return diagnostics.native()["CUDA C++ kernels for"]
+        monkeypatch.setattr(environment, "native_library", lambda: record)
+        return environment.native()["CUDA C++ kernels for"]
 
     assert kernels_for("80", "90a") == "sm_80, sm_90a"
     assert kernels_for() == "no GPU: built without them"
@@ -70,13 +70,23 @@ def test_missing_library_is_explained_with_reason_remedy_and_build_log(
 ) -> None:
     (tmp_path / BUILD_FAILURE_NOTE).write_text("g++: fatal error: no input files\n")
     missing = dataclasses.replace(MISSING, path=tmp_path / "_native.so")
-    monkeypatch.setattr(diagnostics, "native_library", lambda: missing)
-    section = diagnostics.native()
-    assert section["NOT LOADED"] == MISSING.reason
-    assert "make build" in section["remedy"]
-    assert section["when it was built"] == "g++: fatal error: no input files"
-    _, shown = run_command(capsys, monkeypatch)
+    for module in (environment, machine):
+        monkeypatch.setattr(module, "native_library", lambda: missing)
+    section = environment.native()
+    assert section == {"NOT LOADED": MISSING.reason, "when it was built": "g++: fatal error: no input files"}
+    _, shown = run_command(capsys, "--no-self-test")
     assert "NOT LOADED" in shown
+    assert "`make build`" in " ".join(shown.split())
+
+
+def test_cuda_kernels_that_failed_to_build_are_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    record = NativeLibrary(tmp_path / "_native.so", True, None, "avx2", ("avx2",))
+    monkeypatch.setattr(environment, "native_library", lambda: record)
+    assert "when it was built" not in environment.native()
+    (tmp_path / CUDA_FAILURE_NOTE).write_text("nvcc fatal: unsupported host compiler\n")
+    assert environment.native()["when it was built"] == "nvcc fatal: unsupported host compiler"
 
 
 def test_self_test_covers_every_family_in_every_dtype() -> None:
@@ -101,7 +111,7 @@ def test_a_wrong_kernel_fails_the_self_test(
         return correct(*args, **kwargs) * (1 + relative_error)
 
     monkeypatch.setattr(functional, "nf4_linear", slightly_wrong)
-    status, shown = run_command(capsys, monkeypatch, "--json")
+    status, shown = run_command(capsys, "--json")
     failed = [result["case"] for result in json.loads(shown)["self-test"] if not result["passed"]]
     assert status == 1
     assert failed
@@ -121,3 +131,38 @@ def test_unknown_instruction_set_is_said_and_nothing_crashes() -> None:
     assert result.returncode == 1
     assert "PEFT_KERNELS_CPU_CAPABILITY=sse names no instruction set" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_text_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, shown = run_command(capsys)
+    assert status == 0
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    whole = " ".join(shown.split())
+    assert all(op in whole for op in OPS)
+    assert re.search(r"self-test: (\d+) of \1 passed", whole)
+    for title in ("versions", "hardware", "native library", "backends", "advice: "):
+        assert re.search(f"^{title}", shown, re.MULTILINE), title
+
+
+def test_a_report_for_an_issue_says_all_but_who_you_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(native_library().path.parent.parent))
+    failed = diagnostics.SelfTestResult("nf4_linear/forward/M3/float32", 1.0, 3.5, False)
+    monkeypatch.setattr(diagnostics, "self_test", lambda: [failed])
+    status, shown = run_command(capsys, "--issue")
+    assert status == 1
+    assert f"peft_kernels {__version__}**, self-test: 0 of 1 passed" in shown
+    assert "- nf4_linear/forward/M3/float32: error 1.0e+00, 3.5 times what is allowed" in shown
+    assert "~/peft_kernels/_native.so" in shown
+    assert os.environ["HOME"] not in shown
+    assert shown.count("```") == 2
+    status, shown = run_command(capsys, "--issue", "--no-self-test")
+    assert status == 0
+    assert "self-test: not asked for" in shown
+
+
+def test_a_self_test_that_was_not_asked_for_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = run_command(capsys, "--json", "--no-self-test")
+    assert (status, json.loads(shown)["self-test"]) == (0, None)

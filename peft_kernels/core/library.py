@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 NATIVE_LIBRARY_PATH = Path(__file__).resolve().parent.parent / "_native.so"
-BUILD_FAILURE_NOTE = "_native_build_failure.txt"  # beside it, left by setup.py where the build failed
+BUILD_FAILURE_NOTE = "_native_build_failure.txt"  # in its place, left by setup.py where the build failed
+CUDA_FAILURE_NOTE = "_native_cuda_failure.txt"  # beside it, where it had to be built without CUDA C++ kernels
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ MOST_TOKENS = 4096  # that `plans` looks at
 
 @dataclass(frozen=True)
 class Regime:
-    """Numbers of tokens, `first` to `last`, that one method takes; `last` is None where there is no limit."""
+    """Numbers of tokens that one method takes.
+
+    Attributes:
+        first: the fewest.
+        last: the most; None where there is no limit.
+        method: its name, as in docs/cpu.md and docs/gpu.md.
+    """
 
     first: int
     last: int | None
@@ -34,7 +40,11 @@ class Regime:
 
 @dataclass(frozen=True)
 class Plan:
-    """The methods that compute one product, by number of tokens M: "look-up GEMV for M = 1 to 8, ..."."""
+    """The methods that compute one product. Its text: "look-up GEMV for M = 1 to 8, ...".
+
+    Attributes:
+        regimes: by number of tokens M, without gaps, from 1 on.
+    """
 
     regimes: tuple[Regime, ...]
 

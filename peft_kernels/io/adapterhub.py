@@ -161,7 +161,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     for option, kinds in _OPTION_TYPES.items():
         value = config["config"].get(option, _DEFAULTS.get(option))
         if not isinstance(value, kinds) or (isinstance(value, (int, float)) and not abs(value) < 1e30):
-            raise ValueError(f"{file} must have an {option} that adapters knows, got {value!r}")
+            raise ValueError(f"{file} must have a value of {option} that adapters knows, got {value!r}")
     return config
 
 

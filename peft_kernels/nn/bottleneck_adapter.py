@@ -60,8 +60,10 @@ class BottleneckAdapter(nn.Module):
     names that `adapters` 1.3 gives them (`adapter_down.0.weight`, `adapter_up.bias`, `scaling`, ...), and
     the same initial values, so the state_dict of an `adapters` `Adapter` fits and the other way round.
 
-        adapter = pk.nn.BottleneckAdapter.pfeiffer(768)
-        hidden = hidden_of_layer_norm + adapter(hidden_of_layer_norm)  # or: adapter(h, residual=h)
+        >>> adapter = pk.nn.BottleneckAdapter.pfeiffer(768)
+        >>> h = torch.randn(2, 5, 768)
+        >>> adapter(h, residual=h).shape  # h + adapter(h), in one pass
+        torch.Size([2, 5, 768])
 
     Args:
         input_size: d.
@@ -216,10 +218,18 @@ class BottleneckAdapter(nn.Module):
         return cls(input_size, **(known | changes))
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., d] to [..., d]; `residual` [..., d] is added. Gating takes [batch, sequence, d].
+        """The formula of the class.
+
+        Args:
+            hidden: h, [..., d], with gating [batch, sequence, d]; float32, bfloat16, float16 or float64.
+            residual: [..., d], dtype of `hidden` or float32; added to the result. None for none.
+
+        Returns:
+            [..., d], in the dtype of `hidden`, or of `residual` if that is wider.
 
         Raises:
-            ValueError: a residual is given to a parallel adapter, which has none.
+            ValueError: a residual is given to a parallel adapter, which has none; or gating and `hidden` is
+                not [batch, sequence, d].
         """
         if self.is_parallel and residual is not None:
             raise ValueError("residual must be None for a parallel adapter, which adds none, got a tensor")

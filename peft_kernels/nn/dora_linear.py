@@ -15,6 +15,10 @@ from peft_kernels.ops.dora.functional import row_scale
 class DoRALinear(LoRALinear):
     """y = g * (x W^T + scaling * (x A^T) B^T) + bias, g = m / ||W + scaling * B A||, row by row.
 
+        >>> layer = pk.nn.DoRALinear(64, 32, r=4, lora_alpha=8)
+        >>> [(kind.name, kind.parameters) for kind in pk.trainable_parameters(layer).kinds]
+        [('LoRA A', 256), ('LoRA B', 128), ('DoRA magnitude', 32)]
+
     W and bias are frozen; A [r, K], B [N, r] and the magnitude m [N] are trained. m starts as the norms of
     the rows of W, so the layer starts as its base layer. The rest is as in `LoRALinear`: arguments,
     `from_linear`, merging and saving. The magnitude is `lora_magnitude_vector.default.weight`, and
@@ -52,7 +56,14 @@ class DoRALinear(LoRALinear):
         return magnitude
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class; while merged, the base layer alone.
+
+        Args:
+            x: [..., K]; the dtype of a dense base layer's weight, or float32, bfloat16 or float16 over NF4.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         if self.merged:
             return super().forward(x)
         return run_dora(

@@ -19,6 +19,8 @@ class PhiloxDropout(nn.Dropout):
 
     Raises:
         ValueError: `p` is out of range.
+
+    Source: Philox4x32-10 of Salmon et al., SC'11; dropout of Srivastava et al., JMLR 15 (2014).
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -26,5 +28,12 @@ class PhiloxDropout(nn.Dropout):
         super().__init__(p)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Any shape in, the same out; the identity in eval mode."""
+        """Dropout in training mode; the identity in eval mode.
+
+        Args:
+            input: any shape; float32, bfloat16, float16 or float64.
+
+        Returns:
+            Tensor like `input`; `input` itself in eval mode or with p = 0.
+        """
         return philox_dropout(input, self.p) if self.training else input

@@ -15,6 +15,10 @@ from peft_kernels.nn.plain_linear import new_linear
 class IA3Linear(AdaptedLayer):
     """y = (x W^T + bias) * l, or with `feedforward` y = (x * l) W^T + bias; W, bias frozen, l trained.
 
+        >>> layer = pk.nn.IA3Linear.from_linear(nn.Linear(64, 32))
+        >>> pk.trainable_parameters(layer).trainable
+        32
+
     l starts at one, so the layer starts as its base layer. As in PEFT it is fp32 even over a bf16 or fp16
     base; unlike there, x is not cast up for that, and y has the dtype of x over NF4 too.
 
@@ -91,7 +95,14 @@ class IA3Linear(AdaptedLayer):
         return vector
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class; while merged, the base layer alone.
+
+        Args:
+            x: [..., K]; the dtype of a dense base layer's weight, or float32, bfloat16 or float16 over NF4.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         base = self.base_layer
         if self.merged:
             y: torch.Tensor = base(x)

@@ -24,9 +24,11 @@ class LoRALinear(AdaptedLayer):
     `base_layer.bias`, `lora_A.default.weight`, `lora_B.default.weight`. The keys of PEFT's adapter files,
     which lack the adapter's name, are understood too, once their prefix is off:
 
-        state = safetensors.torch.load_file("adapter_model.safetensors")
-        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        model.load_state_dict(state, strict=False)
+        >>> state = peft.get_peft_model_state_dict(model)  # or the file: safetensors.torch.load_file(...)
+        >>> state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        >>> ours = nn.Sequential(pk.nn.LoRALinear(8, 16, r=2), nn.GELU(), pk.nn.LoRALinear(16, 8, r=2))
+        >>> ours.load_state_dict(state, strict=False).unexpected_keys
+        []
 
     Args:
         in_features: K.
@@ -141,7 +143,14 @@ class LoRALinear(AdaptedLayer):
         return lora_a.weight, lora_b.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class; while merged, the base layer alone.
+
+        Args:
+            x: [..., K]; the dtype of a dense base layer's weight, or float32, bfloat16 or float16 over NF4.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         base = self.base_layer
         if self.merged:
             y: torch.Tensor = base(x)

@@ -10,6 +10,7 @@ from torch import nn
 from peft_kernels.functional import nf4_linear, nf4_quantize
 from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, new_linear, require_plain
 from peft_kernels.ops.linear.schema import check_activation
+from peft_kernels.ops.nf4.functional import require_nf4_weight
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
 
@@ -18,6 +19,10 @@ _STATISTICS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 
 class NF4Linear(nn.Module):
     """y = x W^T + bias with W [N, K] frozen in NF4, about 4.5 bits an element, and never materialised.
+
+        >>> layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 32), double_quant=True)
+        >>> layer(torch.ones(2, 64)).shape, layer.nf4_weight.dtype
+        (torch.Size([2, 32]), torch.float32)
 
     Its state_dict has the keys and the bytes of bitsandbytes' `Linear4bit`; each loads what the other saved.
     `.to(dtype)` and the like change the bias only, `.to(device)` moves everything.
@@ -38,6 +43,9 @@ class NF4Linear(nn.Module):
         activation: with "int8", x is rounded to 8 bits in eval mode, which is faster on a CPU; `nf4_linear`
             says what it costs. It has no gradient: call the layer under torch.inference_mode() or
             torch.no_grad() then. In training mode it makes no difference. May be set on any layer.
+
+    Raises:
+        ValueError: `blocksize`, `dtype` or `activation` is none of those.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
     """
@@ -88,9 +96,8 @@ class NF4Linear(nn.Module):
         """
         remedy = "use NF4Linear.from_bitsandbytes" if is_linear4bit(linear) else ""
         require_plain(linear, has_forward_of(linear, nn.Linear), "a plain nn.Linear", remedy)
-        layer = cls.__new__(cls)
-        layer._init(nf4_quantize(linear.weight, blocksize, double_quant), linear.bias)
-        return layer.train(linear.training)
+        weight = nf4_quantize(linear.weight, blocksize, double_quant)
+        return cls.from_weight(weight, linear.bias).train(linear.training)
 
     @classmethod
     def from_bitsandbytes(cls, linear: nn.Linear) -> Self:
@@ -107,9 +114,22 @@ class NF4Linear(nn.Module):
         """
         remedy = "use NF4Linear.from_linear" if has_forward_of(linear, nn.Linear) else ""
         require_plain(linear, is_linear4bit(linear), "a bitsandbytes Linear4bit", remedy)
+        return cls.from_weight(NF4Weight.from_bitsandbytes(linear.weight), linear.bias).train(linear.training)
+
+    @classmethod
+    def from_weight(cls, weight: NF4Weight, bias: nn.Parameter | None = None) -> Self:
+        """Make a layer of a weight that is quantised already, without copying: both share their tensors.
+
+        Args:
+            weight: [N, K], of `pk.functional.nf4_quantize` for example.
+            bias: [N], or None.
+
+        Raises:
+            TypeError: `weight` is not an `NF4Weight`.
+        """
         layer = cls.__new__(cls)
-        layer._init(NF4Weight.from_bitsandbytes(linear.weight), linear.bias)
-        return layer.train(linear.training)
+        layer._init(require_nf4_weight("weight", weight), bias)
+        return layer
 
     @property
     def nf4_weight(self) -> NF4Weight:
@@ -125,7 +145,14 @@ class NF4Linear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] to y [..., N], in the dtype of x."""
+        """The formula of the class.
+
+        Args:
+            x: [..., K]; float32, bfloat16 or float16.
+
+        Returns:
+            y [..., N], in the dtype of x.
+        """
         return nf4_linear(x, self.nf4_weight, self.bias, None if self.training else self.activation)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from peft_kernels.core.checks import check_flag, check_size
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
@@ -11,8 +12,35 @@ from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 _REMEDY = "merge or unload an adapter first, restore_layers(model) a fused layer"
 
 
+def is_plain_tensor(tensor: object) -> bool:
+    """Whether a tensor is its data and no more: not of a subclass with operations of its own (DTensor, ...).
+
+    Non-strict torch.export traces with a FakeTensor in the place of each plain one.
+    """
+    if type(tensor) is torch.Tensor or type(tensor) is nn.Parameter:
+        return True
+    return torch.compiler.is_exporting() and type(tensor).__name__ == "FakeTensor"
+
+
+def sharded_reason(weight: object) -> str:
+    """That a weight cannot be read now because FSDP2 has sharded it, or ""."""
+    if type(weight).__name__ != "DTensor":
+        return ""
+    return "its weight is sharded: each call decides, once FSDP has gathered it"
+
+
 def bypass_reason(module: nn.Module) -> str:
     """Why a module must be called, and its parameters not just read, or ""."""
+    reason = _own_reason(module)
+    if not reason and _has_any_global_hook():  # type: ignore[no-untyped-call]
+        reason = "every module has hooks (torch.nn.modules.module.register_module_...)"
+    return reason
+
+
+def _own_reason(module: nn.Module) -> str:
+    """Why this module is not what its class is, or ""."""
+    if "parametrizations" in module._modules:
+        return "its parameters are computed, by torch.nn.utils.parametrize"
     if "forward" in module.__dict__:
         return "it has a forward of its own, set on the instance"
     if (
@@ -23,6 +51,15 @@ def bypass_reason(module: nn.Module) -> str:
     ):
         return "it has hooks"
     return ""
+
+
+def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module is of one of the classes itself, not of a subclass.
+
+    By name: non-strict torch.export traces some modules as proxies, of a subclass that has the name.
+    """
+    name = (type(module).__module__, type(module).__qualname__)
+    return any((known.__module__, known.__qualname__) == name for known in classes)
 
 
 def has_forward_of(module: object, module_class: type[nn.Module]) -> bool:
@@ -92,6 +129,6 @@ def require_plain(linear: object, accepted: bool, wanted: str, remedy: str = "")
         raise TypeError(f"{got}; pass the layer, not its weight")
     if not accepted or not isinstance(linear, nn.Module):
         raise TypeError(f"{got}; {remedy or _REMEDY}")
-    reason = bypass_reason(linear)
+    reason = _own_reason(linear)
     if reason:
         raise TypeError(f"{got}, and {reason}, which would be lost; remove that first")

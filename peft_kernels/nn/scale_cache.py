@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from peft_kernels.core.checks import check_module
 from peft_kernels.functional import adapted_linear, dora_linear, dora_norm
 from peft_kernels.ops.dora.functional import row_scale
 from peft_kernels.ops.nf4.weight import NF4Weight
@@ -78,7 +79,8 @@ class ScaleCache:
         base = weight.base_weight()[:5] if isinstance(weight, NF4Weight) else (weight,)
         sources = (*(tensor for tensor in base if tensor is not None), lora_a, lora_b)
         # In a graph, what is kept would be a constant; and writes to some tensors go unnoticed.
-        noticed = not torch.compiler.is_compiling() and all(map(_counts_writes, (*sources, magnitude)))
+        noticed = not (torch.compiler.is_compiling() or _may_be_gathered())
+        noticed = noticed and all(map(_counts_writes, (*sources, magnitude)))
         if isinstance(scaling, torch.Tensor) or not noticed:
             return row_scale(magnitude, dora_norm(weight, lora_a, lora_b, scaling))
         kept, state = self._kept, _state(sources)
@@ -110,6 +112,11 @@ def _counts_writes(tensor: torch.Tensor) -> bool:
     return (type(tensor) is torch.Tensor or type(tensor) is nn.Parameter) and not tensor.is_inference()
 
 
+def _may_be_gathered() -> bool:
+    """Whether FSDP may be in use, which writes parameters when it gathers them, and leaves their counters."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def scale_cache(module: nn.Module) -> ScaleCache:
     """The cache of a module, made on first use; not part of its state_dict."""
     cache: ScaleCache | None = module.__dict__.get(_ATTRIBUTE)
@@ -124,7 +131,14 @@ def invalidate_norms(model: nn.Module) -> None:
     To be called after weights of a model in eval mode were changed past torch's notice: through `.data`
     (`p.data.copy_(ema)`), NumPy or a raw pointer. In training mode norms are not kept, any other change is
     noticed, and so are PEFT's own changes of the base weight.
+
+    Args:
+        model: with `pk.nn.DoRALinear` or fused DoRA layers; others are left as they are.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    check_module("model", model, "pass the model itself")
     for module in model.modules():
         cache: ScaleCache | None = module.__dict__.get(_ATTRIBUTE)
         if cache is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import bottleneck_adapter_with_intermediates
 from peft_kernels.nn.dropout import PhiloxDropout
-from peft_kernels.nn.plain_linear import bypass_reason
+from peft_kernels.nn.plain_linear import bypass_reason, is_exactly, is_plain_tensor
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.surgery.peft_common import linear_reason
 from peft_kernels.surgery.registry import FusedLayer, Status, handles
@@ -105,7 +105,7 @@ def find_parts(layer: Any) -> Parts | str:
         return "stochastic depth"
     sequence, up, dropout = layer.adapter_down, layer.adapter_up, layer.dropout
     reason = bypass_reason(sequence)
-    if type(sequence) is not nn.Sequential or len(sequence) != 2 + layer.add_layer_norm_before:
+    if not is_exactly(sequence, nn.Sequential) or len(sequence) != 2 + layer.add_layer_norm_before:
         reason = "its layers are not as adapters makes them"
     if reason:
         return f"adapter_down: {reason}"
@@ -114,7 +114,7 @@ def find_parts(layer: Any) -> Parts | str:
     if reason:
         return reason
     reason = bypass_reason(dropout)
-    if type(dropout) not in (nn.Dropout, PhiloxDropout):
+    if not is_exactly(dropout, nn.Dropout, PhiloxDropout):
         reason = f"a {type(dropout).__name__}, not an nn.Dropout"
     elif dropout.training and (dropout.p >= 1 or dropout.inplace):
         reason = "p must be below 1 and inplace False"
@@ -165,7 +165,7 @@ def _input_reason(layer: Any, parts: Parts, x: Any, residual: Any, takes_residua
     for name, tensor in (("input", x), ("residual", residual)):
         if tensor is None and name == "residual" and not takes_residual:
             continue
-        if type(tensor) is not torch.Tensor and type(tensor) is not nn.Parameter:
+        if not is_plain_tensor(tensor):
             return f"the {name} is a {type(tensor).__name__}"
         if tensor.device.type == "meta":
             return f"the {name} is on the meta device"

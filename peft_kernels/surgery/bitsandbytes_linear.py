@@ -11,6 +11,7 @@ from torch import nn
 from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
 from peft_kernels.functional import nf4_linear
+from peft_kernels.nn.plain_linear import is_plain_tensor, sharded_reason
 from peft_kernels.ops.nf4.reference import NESTED_BLOCKSIZE, quantize_absmax
 from peft_kernels.ops.nf4.weight import NestedAbsmax, NF4Weight
 from peft_kernels.surgery.registry import FusedLayer, Status, handles, leaves_alone
@@ -40,11 +41,10 @@ class FusedLinear4bit(FusedLayer):
     @staticmethod
     def status(layer: nn.Module) -> Status:
         """Fused: the weight is NF4, quantised, and not sharded."""
-        parameter: Any = layer._parameters.get("weight")
-        reason = _unreadable(parameter)
+        parameter, state, reason = _find_weight(layer)
         if not reason:
             try:
-                NF4Weight.from_bitsandbytes(parameter)
+                NF4Weight.from_bitsandbytes(parameter, state)
             except (TypeError, ValueError) as error:
                 reason = str(error)
         return Status(not reason, reason)
@@ -52,10 +52,9 @@ class FusedLinear4bit(FusedLayer):
     @staticmethod
     def product(layer: nn.Module) -> Product | None:
         """By the weight's quant state; in float32 as long as no compute dtype is set."""
-        parameter: Any = layer._parameters.get("weight")
-        if _unreadable(parameter):
+        parameter, state, reason = _find_weight(layer)
+        if reason:
             return None
-        state = parameter.quant_state
         dtype: Any = layer.compute_dtype
         return Product(state.shape[-1], state.blocksize, dtype or torch.float32, parameter.device)
 
@@ -83,7 +82,7 @@ def nf4_operands(layer: Any, x: torch.Tensor) -> Operands | str:
     weight = nf4_weight(layer)
     if isinstance(weight, str):
         return weight
-    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+    if not is_plain_tensor(x):
         return f"the input is a {type(x).__name__}"
     if x.device.type == "meta":
         return "the input is on the meta device"
@@ -103,11 +102,9 @@ def nf4_operands(layer: Any, x: torch.Tensor) -> Operands | str:
 
 def nf4_weight(layer: Any) -> NF4Weight | str:
     """The weight of a `Linear4bit`, sharing its memory, or why it cannot be read."""
-    parameter = layer._parameters.get("weight")
-    reason = _unreadable(parameter)
+    parameter, state, reason = _find_weight(layer)
     if reason:
         return reason
-    state = parameter.quant_state
     if torch.compiler.is_compiling():
         # Read the tensors in the trace: what was cached before it would be a constant to it.
         return _wrap(parameter, state)
@@ -117,17 +114,27 @@ def nf4_weight(layer: Any) -> NF4Weight | str:
             weight = _wrap_checked(layer, parameter, state)
         except (TypeError, ValueError) as error:
             return str(error)
-        cached = _Cached(weight, parameter.data_ptr(), _sources(parameter.quant_state))
+        cached = _Cached(weight, _sources(_find_weight(layer)[1]))
         layer.__dict__["_nf4_cache"] = cached
     return cached.weight
 
 
-def _unreadable(parameter: Any) -> str:
-    """Why the parameter of a `Linear4bit` is not an NF4 weight, or ""."""
-    # Pickling a Params4bit leaves a Parameter that has its attributes.
-    if type(parameter) is not nn.Parameter and type(parameter).__name__ != "Params4bit":
-        return f"its weight is a {type(parameter).__name__}, not a Params4bit"
+def _find_weight(layer: Any) -> tuple[Any, Any, str]:
+    """The parameter of a `Linear4bit`, its quant state, and why it is not an NF4 weight, or ""."""
+    parameter = layer._parameters.get("weight")
     state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return parameter, state, _unreadable(parameter, state)
+    # FSDP2 gathers the shards into a plain parameter: bitsandbytes, too, then asks the layer.
+    state = getattr(layer, "quant_state", None)
+    return parameter, state, _unreadable(parameter, state) or _miscast(layer, parameter, state)
+
+
+def _unreadable(parameter: Any, state: Any) -> str:
+    """Why the kernels cannot read a parameter with this quant state, or ""."""
+    # Pickling a Params4bit leaves a Parameter that has its attributes.
+    if not is_plain_tensor(parameter) and type(parameter).__name__ != "Params4bit":
+        return sharded_reason(parameter) or f"its weight is a {type(parameter).__name__}, not a Params4bit"
     if state is None:
         return "its weight is not quantised yet"
     if state.quant_type != "nf4":
@@ -143,16 +150,27 @@ def _unreadable(parameter: Any) -> str:
     return ""
 
 
+def _miscast(layer: Any, parameter: Any, state: Any) -> str:
+    """Why the bytes of a gathered weight are not those that `state` describes, or ""."""
+    if parameter.dtype != layer.quant_storage:  # FSDP's mixed precision casts what is a float to it
+        return f"its bytes were cast from {layer.quant_storage} to {parameter.dtype}"
+    if getattr(state, "packing_format_for_cpu", False):  # the shards would stay as they are if put back
+        return "bitsandbytes has rearranged its bytes for the CPU"
+    return ""
+
+
 class _Cached(NamedTuple):
     """A wrapped weight, and what it was made from."""
 
-    weight: NF4Weight
-    data_ptr: int  # of bytes that `weight` keeps alive, so no other tensor can come to lie there
+    weight: NF4Weight  # keeps its bytes alive, so no other tensor can come to lie there
     sources: tuple[Any, ...]
 
     def is_of(self, parameter: torch.Tensor, state: Any) -> bool:
         # A merge makes a new parameter and state, `.data =` new bytes, moving the layer new statistics.
-        return self.data_ptr == parameter.data_ptr() and all(map(operator.is_, self.sources, _sources(state)))
+        # FSDP frees the bytes of a gathered weight: then the pointer of `packed` is null.
+        return self.weight.packed.data_ptr() == parameter.data_ptr() and all(
+            map(operator.is_, self.sources, _sources(state))
+        )
 
 
 def _sources(state: Any) -> tuple[Any, ...]:

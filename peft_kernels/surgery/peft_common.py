@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_kernels.core.plan import Product
 from peft_kernels.core.transforms import transform_reason
-from peft_kernels.nn.plain_linear import bypass_reason
+from peft_kernels.nn.plain_linear import bypass_reason, is_plain_tensor, sharded_reason
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit, Operands, nf4_operands
 from peft_kernels.surgery.registry import FusedLayer, find_handler, leaves_alone
@@ -49,8 +49,8 @@ def linear_reason(role: str, linear: Any) -> str:
         return f"{role}: a {type(linear).__name__}, not an nn.Linear"
     reason = bypass_reason(linear)
     weight = linear._parameters.get("weight")
-    if not reason and type(weight) is not nn.Parameter:
-        reason = f"its weight is a {type(weight).__name__}, not a Parameter"
+    if not reason and not is_plain_tensor(weight):
+        reason = sharded_reason(weight) or f"its weight is a {type(weight).__name__}, not a Parameter"
     return reason and f"{role}: {reason}"
 
 
@@ -65,7 +65,7 @@ def adapter_dtype_reason(dtype: torch.dtype, compute_dtype: torch.dtype) -> str:
 
 def compute_dtype_over(base: Any, x: torch.Tensor) -> torch.dtype | str:
     """The dtype in which a layer over the dense `base` computes on x, or why the kernel cannot take x."""
-    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+    if not is_plain_tensor(x):
         return f"the input is a {type(x).__name__}"
     device = x.device.type
     if device == "meta":

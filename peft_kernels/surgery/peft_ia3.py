@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_kernels.core.plan import Product
 from peft_kernels.functional import ia3_linear
+from peft_kernels.nn.plain_linear import is_plain_tensor
 from peft_kernels.surgery.bitsandbytes_linear import autocast_off
 from peft_kernels.surgery.peft_common import (
     FusedOver4bit,
@@ -117,7 +118,7 @@ def find_vectors(layer: Any) -> list[torch.Tensor] | Unfit:
     if not active:
         return Unfit("no active adapter on this layer: base layer only", base_only=True)
     for vector in active:
-        if type(vector) is not nn.Parameter:
+        if type(vector) is torch.Tensor or not is_plain_tensor(vector):
             return Unfit(f"ia3_l: it is a {type(vector).__name__}, not a Parameter")
     dtypes = dict.fromkeys(vector.dtype for vector in active)
     if len(dtypes) > 1:

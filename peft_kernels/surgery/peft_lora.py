@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_kernels.functional import adapted_linear
 from peft_kernels.nn.dropout import PhiloxDropout
-from peft_kernels.nn.plain_linear import bypass_reason
+from peft_kernels.nn.plain_linear import bypass_reason, is_exactly
 from peft_kernels.nn.scale_cache import run_dora, scale_cache
 from peft_kernels.ops.nf4.weight import NF4Weight
 from peft_kernels.surgery.bitsandbytes_linear import Operands, autocast_off
@@ -171,7 +171,9 @@ def find_adapter(layer: Any) -> Adapter | Unfit:
     if isinstance(scaling, torch.Tensor) and scaling.dim() > 0:
         return Unfit(f"its scaling is a tensor of shape {list(scaling.shape)}")
     # The DoRA variant calls the dropout only if the layer itself is in training mode.
-    drops = dropout.training and type(dropout) is not nn.Identity and (magnitude is None or layer.training)
+    drops = (
+        dropout.training and not is_exactly(dropout, nn.Identity) and (magnitude is None or layer.training)
+    )
     lora_a, lora_b = linear_a._parameters["weight"], linear_b._parameters["weight"]
     return Adapter(lora_a, lora_b, scaling, dropout.p if drops else 0.0, magnitude)
 
@@ -213,9 +215,10 @@ def _run(
 def _dropout_reason(dropout: Any) -> str:
     """Why the kernel cannot do what a dropout module does, or ""."""
     reason = bypass_reason(dropout)
-    if type(dropout) not in (nn.Identity, nn.Dropout, PhiloxDropout):
+    identity = is_exactly(dropout, nn.Identity)
+    if not identity and not is_exactly(dropout, nn.Dropout, PhiloxDropout):
         reason = f"a {type(dropout).__name__}, not an nn.Dropout"
-    elif type(dropout) is not nn.Identity and dropout.training and (dropout.p >= 1 or dropout.inplace):
+    elif not identity and dropout.training and (dropout.p >= 1 or dropout.inplace):
         reason = "p must be below 1 and inplace False"
     return reason and f"lora_dropout: {reason}"
 

@@ -67,6 +67,8 @@ class FusedLayer(nn.Module):
             self.__dict__.pop("_stock_reason", None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if "stock_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)  # of a class that others made since, and copy in their way
         # The class cannot be imported by its name, so pickle and deepcopy are told how to make it.
         state = {key: value for key, value in self.__dict__.items() if key not in self.scratch}
         return _new_fused_layer, (self.stock_class, self.handler), state
@@ -120,6 +122,22 @@ def fused_class(stock_class: Any, handler: Any) -> type[FusedLayer]:
     return types.new_class(
         stock_class.__name__, (handler, stock_class), exec_body=lambda body: body.update(namespace)
     )
+
+
+def restored_class(layer_class: Any) -> type[nn.Module]:
+    """The class of a fused layer without its handler.
+
+    fully_shard and torch.nn.utils.parametrize, too, give a layer a subclass of its class: what they added
+    after the handler stays.
+    """
+    if "stock_class" in vars(layer_class):
+        stock_class: type[nn.Module] = layer_class.stock_class
+        return stock_class
+    bases = [restored_class(base) if issubclass(base, FusedLayer) else base for base in layer_class.__bases__]
+    namespace = {
+        key: value for key, value in vars(layer_class).items() if key not in ("__dict__", "__weakref__")
+    }
+    return types.new_class(layer_class.__name__, tuple(bases), exec_body=lambda body: body.update(namespace))
 
 
 def _new_fused_layer(stock_class: Any, handler: Any) -> FusedLayer:

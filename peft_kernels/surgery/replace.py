@@ -12,7 +12,7 @@ from torch import nn
 from peft_kernels.core.checks import check_module
 from peft_kernels.core.plan import Product
 from peft_kernels.ops.linear.regimes import plans
-from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class
+from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class, restored_class
 from peft_kernels.surgery.report import Report, Row, Work
 
 NamedLayers = list[tuple[str, nn.Module]]
@@ -21,6 +21,11 @@ Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool = False) -> Report:
     """Make the layers of `model` run on the fused kernels: same numbers, same state_dict keys, faster.
+
+        >>> report = pk.replace_layers(model, only=["0"])
+        >>> [(row.name, row.fused, row.reason) for row in report]
+        [('base_model.model.0', True, ''),
+         ('base_model.model.2', False, 'a stock layer; replace_layers fuses it')]
 
     Handled are PEFT's LoRA, DoRA and IA3 layers over `nn.Linear` and over bitsandbytes' NF4 `Linear4bit`,
     `Linear4bit` alone, and the bottleneck adapters of the `adapters` library. The model is changed in place:
@@ -36,7 +41,7 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
     `.data` in eval mode call `invalidate_norms`.
 
     With dropout active, the input itself is kept for the backward pass, so it must not be changed in place
-    before that. torch.export of fused models is not covered. A pickled fused model needs peft_kernels to be
+    before that. A pickled fused model needs peft_kernels to be
     loaded; call `restore_layers` before pickling if it should not.
 
     Args:
@@ -70,7 +75,14 @@ def replace_layers(model: nn.Module, *, only: Only | None = None, strict: bool =
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Give every fused layer of `model` its stock class back, in place."""
+    """Give every fused layer of `model` its stock class back, in place; trained weights are kept.
+
+    Args:
+        model: any module; one without fused layers is left as it is.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
     check_module("model", model, "pass the loaded model itself")
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
@@ -83,6 +95,15 @@ def explain(model: nn.Module) -> Report:
     What depends on the input of a call cannot be known beforehand. If a layer's last call fell back to the
     stock forward because of its input, the row says so. Below the layers: which methods compute the products
     with their NF4 weights on this machine, by number of tokens.
+
+    Args:
+        model: any module, before or after `replace_layers`.
+
+    Returns:
+        A row for each PEFT, adapters or bitsandbytes layer. `print` it.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     check_module("model", model, "pass the loaded model itself")
     rows, products = [], Counter[Product]()
@@ -182,7 +203,7 @@ def _restore(layer: Any) -> None:
     for key, value in layer.__dict__.items():
         if _is_fused_forward(layer, value):
             layer.__dict__[key] = MethodType(layer.stock_class.forward, layer)
-    layer.__class__ = layer.stock_class
+    layer.__class__ = restored_class(type(layer))
     for key in FusedLayer.scratch:
         layer.__dict__.pop(key, None)
 

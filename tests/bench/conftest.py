@@ -9,6 +9,7 @@ from peft_kernels.bench.results import (
     ContestantResult,
     Gate,
     Measurement,
+    Pass,
     Report,
     Settings,
 )
@@ -18,8 +19,8 @@ from peft_kernels.bench.stats import Band
 
 def measurement(ratio):
     return Measurement(
-        ms=Band(1.0, 0.9, 1.1), ratio=ratio, gb_s=3.0, gflop_s=None, roofline_percent=40.0, calls=5, rounds=6,
-        dropped=1, page_faults=0.0, samples_ms=[1.0] * 6,
+        ms=Band(1.0, 0.9, 1.1), ratio=ratio, gb_s=3.0, gflop_s=None, roofline_percent=40.0, page_faults=0.0,
+        passes=[Pass([1.0] * 6, [ratio.median] * 6 if ratio else [], rounds=7, calls=5, page_faults=0.0)],
     )  # fmt: skip
 
 
@@ -48,7 +49,10 @@ def report():
         "wall clock",
         1.5,
     )
-    settings = Settings("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [1], 0.2, 0.95, False, 0, "cpu")
+    settings = Settings(
+        *("smoke", ["linear"], "*", ["eager", "bitsandbytes"], [], [1], 1, 0.2, 0.95, None, False, 0, "cpu"),
+        "python -m peft_kernels.bench --suite smoke",
+    )
     roofline = Roofline(1, 11.0, 7.0, {"float32": 150.0})
     created = "2026-01-01T00:00:00+00:00"
     return Report(SCHEMA_VERSION, created, machine_facts(), settings, [roofline], [result], False)
@@ -77,6 +81,23 @@ def result_of(report):
         )
 
     return result_of
+
+
+@pytest.fixture
+def with_flops():
+    """Gives every contestant of a result the GFLOP/s that its milliseconds and the case's FLOPs come to."""
+
+    def rated(each, flops):
+        if each.measurement is None:
+            return each
+        speed = dataclasses.replace(each.measurement, gflop_s=flops / (each.measurement.ms.median * 1e6))
+        return dataclasses.replace(each, measurement=speed)
+
+    def with_flops(result):
+        contestants = [rated(each, result.flops) for each in result.contestants]
+        return dataclasses.replace(result, contestants=contestants)
+
+    return with_flops
 
 
 @pytest.fixture

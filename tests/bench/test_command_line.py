@@ -52,7 +52,7 @@ def test_a_run_end_to_end_with_its_child_processes(tmp_path, capsys):
     ],
 )
 def test_exit_status_of_the_gate(monkeypatch, capsys, report, fail_below, status, words):
-    monkeypatch.setattr(CaseRunner, "run", lambda self, case, threads: report.cases[0])
+    monkeypatch.setattr(CaseRunner, "run", lambda self, case, threads, earlier: report.cases[0])
     assert main([*TINY, "--fail-below", fail_below]) == status
     assert words in capsys.readouterr().out
 
@@ -67,10 +67,10 @@ def test_a_wrong_result_fails_the_run(alone, monkeypatch, capsys):
 def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     run, path = CaseRunner.run, tmp_path / "report.json"
 
-    def run_once(self, case, threads):
+    def run_once(self, case, threads, earlier):
         if case.op != "nf4_quantize":
             raise KeyboardInterrupt
-        return run(self, case, threads)
+        return run(self, case, threads, earlier)
 
     monkeypatch.setattr(CaseRunner, "run", run_once)
     arguments = ["--suite", "smoke", "--baseline", "eager", "--seconds", "0.02", "--json", str(path)]
@@ -78,7 +78,7 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     report = read_json(path)
     assert report.interrupted
     assert [result.case.op for result in report.cases] == ["nf4_quantize"]
-    assert f"interrupted after 1 of {len(select('smoke'))}" in capsys.readouterr().out
+    assert f"interrupted: 1 of {len(select('smoke'))} cases" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def pretended(monkeypatch, result_of):
     """Runs without measuring; returns the cases, thread counts and runners of them."""
     ran = []
 
-    def run(self, case, threads):
+    def run(self, case, threads, earlier=None):
         ran.append((case, threads, self))
         slow = case.m == 2  # takes 1.5 times as long as M = 3
         return result_of(case, threads, ms=6.0 if slow else 1.0 + case.m, dense=2.0)
@@ -125,7 +125,9 @@ def test_limits_runs_one_and_two_threads_and_ends_with_its_table(pretended, tmp_
         line for line in capsys.readouterr().out.splitlines() if line.startswith(" forward float32 M=16 ")
     )
     assert line.split()[3:] == ["dense", "2.00x", "2.00x", "2.30x", "3.00x", "6", "of", "6", "no"]
-    assert read_json(path).settings.threads == [1, 2]
+    settings = read_json(path).settings
+    assert settings.threads == [1, 2]
+    assert settings.command.startswith("python -m peft_kernels.bench --suite limits --filter '*M16-*' --json")
 
 
 def test_suites_that_ask_about_ours_measure_only_our_scratch(pretended):
@@ -166,7 +168,7 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
     [
         (
             ["--family", "fusion"],
-            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion",
+            "family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, model, got fusion",
         ),
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
@@ -184,3 +186,17 @@ def test_bad_options_are_explained(capsys, arguments, message):
         main(arguments)
     assert status.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_without_a_name_go_to_one_folder(pretended, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = ["--json", "--csv", "--html", "--table", "--plots"]
+    assert main(["--suite", "sweep", "--filter", "*/forward/M[134]-*/float32", *files]) == 0
+    written = sorted(path.name for path in (tmp_path / "bench-output").iterdir())
+    assert written == [
+        *("ratios.png", "report.html", "results.csv", "results.json", "scaling-m.png", "table.md")
+    ]
+    out = capsys.readouterr().out
+    assert all(f"written: bench-output/{name}" in out for name in written)
+    assert "nf4_linear/forward/M4" in (tmp_path / "bench-output" / "results.csv").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-output"]

@@ -9,23 +9,22 @@ import torch
 from peft_kernels.bench import __main__ as command_line
 from peft_kernels.bench import baselines, device
 from peft_kernels.bench.__main__ import main
-from peft_kernels.bench.case import GPU_BASELINES, OURS, Case, Program, Unavailable
+from peft_kernels.bench.case import Case, Program
+from peft_kernels.bench.cases_model import model_case
 from peft_kernels.bench.device import CPU, GPU, describe_gpu, why_no_cuda
 from peft_kernels.bench.gate import EXIT_NO_DEVICE
-from peft_kernels.bench.machine import weight_copies
 from peft_kernels.bench.markdown import markdown
 from peft_kernels.bench.measure import Budget
-from peft_kernels.bench.registry import FAMILIES, prepare, select
-from peft_kernels.bench.registry import baselines as baselines_of
+from peft_kernels.bench.registry import select
 from peft_kernels.bench.results import read_json
 from peft_kernels.bench.roofline import Roofline, measure_gpu_roofline
 from peft_kernels.bench.run import CaseRunner
 from peft_kernels.bench.worker import Workers
-from torch.utils._pytree import tree_leaves
 
 from peft_kernels import functional
 
 CASE = Case("linear", "nf4_linear", 3, 128, 64, weight="nf4", dtype="bfloat16", suites=("gpu",))
+MODEL = model_case("train_step", "llama-tiny:2-layers", 24, "bfloat16", suites=("gpu",))
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -198,18 +197,21 @@ def test_memory_is_the_peak_beyond_what_was_there_and_results(gpu_of):
     assert gpu_of(cuda).memory(CASE, programs, 1, 100) == {"a": 400, "b": 0}
 
 
-def test_a_case_on_a_gpu_end_to_end(gpu_of):
+@pytest.mark.filterwarnings("default")  # of the libraries that whole models are made of
+@pytest.mark.parametrize(("case", "baseline"), [(CASE, "eager"), (MODEL, "peft")])
+def test_a_case_on_a_gpu_end_to_end(gpu_of, case, baseline):
     """Checks, memory, interleaved time and rates, all of them real but the clock: half a second a replay."""
     with Workers() as workers:
         roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0, "bfloat16": 100.0})
-        runner = CaseRunner(["eager"], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu_of(FakeCuda()))
-        result = runner.run(CASE, 1)
-    ours, eager = result.contestants
+        gpu = gpu_of(FakeCuda())
+        runner = CaseRunner([baseline], Budget(0.0, 0.0), 0, workers, {1: roofline}, device=gpu)
+        result = runner.run(case, 1)
+    ours, other = result.contestants
     assert (result.status, result.clock) == ("measured", "CUDA graphs")
     assert ours.tolerance_used <= 1
     assert ours.scratch_bytes == 0
     assert ours.measurement.ms.median == pytest.approx(500.0)
-    assert eager.measurement.ratio.median == pytest.approx(1.0)
+    assert other.measurement.ratio.median == pytest.approx(1.0)
     assert ours.measurement.dropped == 0
 
 
@@ -289,7 +291,7 @@ def test_a_run_writes_its_table(monkeypatch, tmp_path, capsys, result_of):
     monkeypatch.setattr(command_line, "describe_gpu", lambda: "Fake 1, sm_90, driver 555")
     monkeypatch.setattr(command_line, "measure_gpu_roofline", lambda dtypes, gpu: Roofline(1, 3e3, 3e3, {}))
     monkeypatch.setattr(
-        CaseRunner, "run", lambda self, case, threads: result_of(case, threads, eager=2.0, peft=None)
+        CaseRunner, "run", lambda self, case, threads, earlier: result_of(case, threads, eager=2.0, peft=None)
     )
     assert main(["--device", "cuda", "--filter", "nf4_linear/forward/M1-*", "--json", "out.json"]) == 0
     table = (tmp_path / "bench-cuda.md").read_text()
@@ -331,66 +333,6 @@ def test_a_gpu_is_described(monkeypatch):
 def test_the_driver_is_unknown_without_its_tool(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert device._driver_version() == "unknown (FileNotFoundError from nvidia-smi)"
-
-
-def test_every_family_is_in_the_suite_and_has_something_to_compare_with():
-    cases = select("gpu")
-    assert {case.family for case in cases} == set(FAMILIES) - {"int8"}  # which is for the CPU
-    assert {case.dtype for case in cases} == {"bfloat16"}
-    compared = {name for case in cases for name in baselines_of(case)}
-    assert compared == {"eager", "compile", "bitsandbytes", "peft", "adapters", "dense", *GPU_BASELINES}
-    compiled = [case for case in cases if "compile" in baselines_of(case)]
-    assert 1 <= len(compiled) <= 20  # tens of seconds each: the suite has ten minutes
-
-
-@pytest.mark.parametrize("case", select("gpu"), ids=lambda case: case.name)
-def test_production_cases_are_built_on_the_default_device(case):
-    """As they will be on a GPU; on `meta` nothing is allocated, and what stayed on the CPU shows."""
-    with torch.device("meta"):
-        prepared = prepare(case)
-        assert prepared.copies == 1  # the flush does what copies are for
-        if case.family == "dora" and case.direction == "forward" and case.op == "dora_linear":
-            return  # a layer in eval mode, whose builder looks at a weight's table of codes
-        (ours,) = prepared.contestants[OURS]()
-        (eager,) = prepared.contestants["eager"]()
-        for program in (ours, eager):
-            results = program.call()
-            assert {each.device.type for each in tree_leaves(results)} == {"meta"}
-
-
-@pytest.mark.filterwarnings("default")  # of the libraries compared with
-@pytest.mark.parametrize("case", select("gpu"), ids=lambda case: case.name)
-def test_every_baseline_of_production_cases_can_be_built(case, monkeypatch):
-    pytest.importorskip("triton")
-    from gpuless.torch_calls import TorchCalls
-
-    # torch.compile has no part in the mode below
-    monkeypatch.setattr(baselines, "compiled", lambda function: function)
-    with TorchCalls(execute=False, compute_up_to=4096):
-        prepared = prepare(case)
-        for name in baselines_of(case):
-            if name in GPU_BASELINES:
-                with pytest.raises(Unavailable):
-                    prepared.contestants[name]()
-            else:
-                assert prepared.contestants[name]()
-
-
-def test_a_gpu_needs_one_copy_of_a_weight():
-    assert weight_copies(64 << 20) >= 1
-    with torch.device("meta"):
-        assert weight_copies(8 << 20) == 1
-
-
-def test_dorafactors_is_a_peft_of_its_own(monkeypatch):
-    case = dataclasses.replace(select("smoke", ["dora"])[1], dropout=0.0)
-    prepared = prepare(case)
-    with pytest.raises(Unavailable, match="dorafactors is not installed"):
-        prepared.contestants["dorafactors"]()
-    monkeypatch.setattr(baselines, "has_dorafactors", lambda: True)
-    with pytest.raises(Unavailable, match="the installed PEFT is that of dorafactors"):
-        prepared.contestants["peft"]()
-    assert prepared.contestants["dorafactors"]()
 
 
 def test_the_cpu_is_the_default(monkeypatch):

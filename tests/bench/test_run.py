@@ -19,11 +19,13 @@ from peft_kernels.bench.case import (
 )
 from peft_kernels.bench.gate import gate_of, judge
 from peft_kernels.bench.measure import Budget
+from peft_kernels.bench.oracle import compare
+from peft_kernels.bench.rating import Work, over_passes, passes_of, rate
 from peft_kernels.bench.registry import FAMILIES, SUITES, default_baselines, prepare, select
 from peft_kernels.bench.report import case_view
 from peft_kernels.bench.results import ContestantResult
 from peft_kernels.bench.roofline import Roofline
-from peft_kernels.bench.run import CaseRunner, _rate
+from peft_kernels.bench.run import CaseRunner
 from peft_kernels.bench.stats import Band, Sample
 from peft_kernels.bench.suites import LIMITS, LIMITS_SHAPES
 from peft_kernels.bench.worker import Workers
@@ -40,16 +42,25 @@ LOCAL = ("eager", "bitsandbytes", "peft", "dense", *OWN_VARIANTS)
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Run a case in this process alone, for as short a time as it goes."""
+def run_passes(monkeypatch):
+    """Run a case in this process alone, for as short a time as it goes; the result after every pass."""
     monkeypatch.setattr(memory, "can_measure_scratch", lambda: False)
 
-    def run(case, names=LOCAL):
+    def run_passes(case, names, passes):
         with Workers() as workers:
             roofline = Roofline(1, 10.0, 10.0, {"float32": 100.0})
-            return CaseRunner(names, Budget(0.0, 0.0), 0, workers, {1: roofline}).run(case, threads=1)
+            case_runner = CaseRunner(names, Budget(0.0, 0.0), 0, workers, {1: roofline})
+            results = [None]
+            for _ in range(passes):
+                results.append(case_runner.run(case, 1, results[-1]))
+            return results[1:]
 
-    return run
+    return run_passes
+
+
+@pytest.fixture
+def run(run_passes):
+    return lambda case, names=LOCAL: run_passes(case, names, passes=1)[0]
 
 
 def printed(result):
@@ -190,10 +201,12 @@ def rounds(seconds, share=1.0):
     return [Sample(s, s * share, 1) for s in seconds]
 
 
+WORK = Work(moved_bytes=10_000_000, flops=2_000_000, roofline_ms=5.0)
+
+
 def rated(**contestants):
-    results = {name: ContestantResult(name, "measured") for name in contestants}
-    prepared = type("Prepared", (), {"read_bytes": 6_000_000, "write_bytes": 4_000_000, "flops": 2_000_000})
-    return _rate(results, contestants, 1, prepared, roofline_ms=5.0)
+    passes = passes_of(contestants, threads=1)
+    return {name: rate(ContestantResult(name, "measured"), [each], WORK) for name, each in passes.items()}
 
 
 def test_rates_follow_from_the_median():
@@ -222,6 +235,41 @@ def test_too_few_undisturbed_rounds_give_no_speed():
     assert results["eager"].status == "noisy"
     assert results["eager"].measurement is None
     assert gate_of(results.values()) is None  # eager may have been the one to lose against
+
+
+def test_a_band_holds_the_bands_of_all_passes():
+    bands = [Band(1.0, 0.98, 1.02), Band(1.1, 1.09, 1.11), Band(1.01, 1.0, 1.05)]
+    assert over_passes(bands) == Band(1.01, 0.98, 1.11)
+    assert over_passes(bands[:1]) == bands[0]
+
+
+def test_another_pass_is_added_and_checks_nothing_again(run_passes, monkeypatch):
+    times = iter([[0.010] * 6, [0.012] * 6])
+    checked = []
+    monkeypatch.setattr(
+        runner, "interleave", lambda _, *rest: {OURS: rounds(next(times)), "eager": rounds([0.02] * 6)}
+    )
+    monkeypatch.setattr(runner, "compare", lambda *pair: checked.append(pair) or compare(*pair))
+    first, second = run_passes(CASE, ("eager",), passes=2)
+    assert len(checked) == 2  # ours and eager, once
+    ours, eager = (each.measurement for each in second.contestants)
+    assert (len(ours.passes), len(eager.passes), ours.rounds) == (2, 2, 12)
+    assert ours.ms == Band(*map(pytest.approx, (11.0, 10.0, 12.0)))
+    assert eager.ratio == Band(*map(pytest.approx, ((2.0 + 5 / 3) / 2, 5 / 3, 2.0)))
+    assert [each.error for each in second.contestants] == [each.error for each in first.contestants]
+    assert second.seconds > first.seconds
+
+
+def test_a_pass_without_enough_rounds_spoils_no_other():
+    good, bad = (passes_of({OURS: rounds([0.01] * 8, share)}, threads=1)[OURS] for share in (1.0, 0.3))
+    result = rate(ContestantResult(OURS, "measured"), [bad, good], WORK)
+    assert result.status == "measured"
+    assert result.measurement.ms.median == pytest.approx(10.0)
+    assert (result.measurement.rounds, result.measurement.dropped) == (8, 8)
+    assert rate(result, [bad, bad], WORK).reason == "0 of 16 rounds undisturbed, 6 needed"
+    few = passes_of({OURS: rounds([0.01] * 4)}, threads=1)[OURS]
+    assert rate(result, [few], WORK).status == "noisy"
+    assert rate(result, [few, few], WORK).measurement.rounds == 8  # enough together
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -259,15 +307,15 @@ def test_limits_measures_what_has_a_figure_and_no_more():
 def test_only_the_full_suite_compiles_and_takes_ours_apart():
     everywhere = set(BASELINES) - set(GPU_BASELINES)
     assert set(default_baselines("full")) == everywhere
-    assert everywhere - set(default_baselines("quick")) == {"compile", *OWN_VARIANTS}
+    costly = {"compile", "bitsandbytes" + TUNED_SUFFIX, "peft" + TUNED_SUFFIX}
+    assert everywhere - set(default_baselines("quick")) == costly | set(OWN_VARIANTS)
 
 
 def test_selection():
     assert {case.family for case in select("full", ["dropout"])} == {"dropout"}
     assert all("M64-" in case.name for case in select("full", pattern="*M64-*"))
-    with pytest.raises(
-        ValueError, match="family must be one of nf4, linear, int8, dora, ia3, adapter, dropout, got fusion"
-    ):
+    families = "nf4, linear, int8, dora, ia3, adapter, dropout, model"
+    with pytest.raises(ValueError, match=f"family must be one of {families}, got fusion"):
         select("full", ["fusion"])
     with pytest.raises(
         ValueError, match="suite must be one of smoke, quick, full, sweep, limits, methods, gpu, got all"

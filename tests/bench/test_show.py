@@ -87,7 +87,7 @@ def test_a_plot_of_stored_results(stored, case_of, result_of, report_of, tmp_pat
     paths = stored(report_of("sweep", [result_of(case_of(m), ms=m) for m in (1, 2)]))
     assert main([*paths, "--plot", str(path)]) == 0
     assert path.stat().st_size > 5000
-    assert f"drawn: {path}" in capsys.readouterr().out.replace("\n", "")
+    assert f"written: {path}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_nothing_to_draw_is_said(stored, case_of, result_of, report_of, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_only_parts_of_one_run_go_together(report, change, message):
 
 def test_what_cannot_be_read_is_explained(tmp_path, capsys):
     (tmp_path / "old.json").write_text('{"schema_version": 1}')
-    for name, message in (("old.json", "schema_version must be 3, got 1"), ("none.json", "No such file")):
+    for name, message in (("old.json", "schema_version must be 4, got 1"), ("none.json", "No such file")):
         with pytest.raises(SystemExit) as status:
             main([str(tmp_path / name)])
         assert status.value.code == 2

@@ -71,8 +71,18 @@ def test_curves_are_of_one_problem_thread_count_and_contestant(result_of, report
     assert len(found) == len(keys)
     by_key = {(curve.problem.direction, curve.threads, curve.contestant): curve for curve in found}
     ours = by_key["forward", 1, OURS].points
-    assert [(point.m, point.ms.median) for point in ours] == [(2, 2), (4, 4), (8, 8), (16, 1.0)]
+    assert [(point.size, point.ms.median) for point in ours] == [(2, 2), (4, 4), (8, 8), (16, 1.0)]
     assert [point.ms.median for point in by_key["backward", 2, "dense"].points] == [4, 8, 16]
+
+
+def test_curves_over_ranks(result_of, report_of):
+    results = [result_of(case(m, r=r), ms=m * r, dense=2.0) for m in (1, 2) for r in (64, 4)]
+    results.append(result_of(case(1), ms=0.5))  # no rank, no place on a logarithmic axis
+    found = curves(report_of("full", results), over="r")
+    assert {(curve.problem.m, curve.problem.r, curve.contestant) for curve in found} == {
+        (m, 0, contestant) for m in (1, 2) for contestant in (OURS, "dense")
+    }
+    assert [(point.size, point.ms.median) for point in found[0].points] == [(4, 4.0), (64, 64.0)]
 
 
 def test_has_curves():

@@ -104,6 +104,49 @@ def test_cuda_graph_of_a_training_step(m: int) -> None:
         assert torch.equal(grad, expected_grads[name]), name
 
 
+def graphed_layer(dropout_p: float = 0.0) -> Any:
+    """A QLoRA layer, trained, and its input."""
+    layer = pk.nn.LoRALinear.from_linear(pk.nn.NF4Linear(1024, 512), r=16, lora_dropout=dropout_p).cuda()
+    torch.nn.init.normal_(layer.adapter[1])
+    x = torch.randn(17, 1024, device="cuda", requires_grad=True)
+    layer(x).sum().backward()  # compiles
+    layer.zero_grad()
+    x.grad = None
+    return layer, x
+
+
+def test_replays_of_a_cuda_graph_draw_masks_of_their_own() -> None:
+    """The seed is drawn inside the graph; forward and backward of one replay share it."""
+    layer, x = graphed_layer(dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    replays = []
+    for seed in (1, 2, 1):
+        torch.cuda.manual_seed(seed)
+        graph.replay()
+        replays.append((y.detach().clone(), dx.clone()))
+    for of_seed_1, of_seed_2, again in zip(*replays, strict=True):
+        assert torch.equal(of_seed_1, again)
+        assert not torch.equal(of_seed_1, of_seed_2)
+
+
+def test_make_graphed_callables() -> None:
+    """torch's own wrapper of a module's forward and backward."""
+    layer, x = graphed_layer()
+    y = layer(x)
+    y.sum().backward()
+    expected = [y.detach(), x.grad, *(p.grad for p in layer.adapter)]
+    layer.zero_grad()
+    x.grad = None
+    graphed = torch.cuda.make_graphed_callables(layer, (torch.randn_like(x, requires_grad=True),))
+    y = graphed(x)
+    y.sum().backward()
+    for got, wanted in zip([y.detach(), x.grad, *(p.grad for p in layer.adapter)], expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("m", [1, 17, 300])
 def test_no_host_synchronisation(m: int) -> None:
     problem = on_gpu(make_problem(m, 512, 1024, dtype=torch.bfloat16, dropout_p=0.1))

@@ -273,7 +273,7 @@ def test_options_of_other_kinds(folder: Path, option: str, value: Any) -> None:
     config = json.loads(file.read_text())
     config["config"][option] = value
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"must have an? {option}"):
+    with pytest.raises(ValueError, match=f"must have a value of {option}"):
         load_adapterhub(folder)
 
 

@@ -65,6 +65,18 @@ def test_from_linear_shares_the_bias_and_keeps_the_mode() -> None:
     assert linear.weight.requires_grad
 
 
+def test_from_weight_shares_it_and_refuses_others() -> None:
+    weight = pk.functional.nf4_quantize(torch.randn(96, 128), double_quant=True)
+    bias = nn.Parameter(torch.randn(96))
+    layer = NF4Linear.from_weight(weight, bias)
+    assert layer.nf4_weight.packed.data_ptr() == weight.packed.data_ptr()
+    assert layer.bias is bias
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), pk.functional.nf4_linear(x, weight, bias))
+    with pytest.raises(TypeError, match="weight must be an NF4Weight, got Tensor"):
+        NF4Linear.from_weight(torch.randn(96, 128))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("double_quant", DOUBLE)
 def test_from_bitsandbytes_shares_the_bytes(double_quant: bool) -> None:
     theirs = make_bitsandbytes(nn.Linear(128, 96), double_quant)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.nn import LoRALinear, NF4Linear
@@ -70,6 +71,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "8 bits": (lambda: bnb.nn.Linear8bitLt(64, 32), "got a .*Linear8bitLt; "),
     "hook": (lambda: hooked(nn.Linear(64, 32)), "Linear, and it has hooks, which would be lost"),
     "pre-hook": (lambda: pre_hooked(nn.Linear(64, 32)), "Linear, and it has hooks"),
+    "parametrized": (lambda: weight_norm(nn.Linear(64, 32)), "Linear, and its parameters are computed"),
     "patched": (lambda: patched(nn.Linear(64, 32)), "Linear, and it has a forward of its own"),
 }
 

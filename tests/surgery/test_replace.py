@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import assert_close, layer, linear4bit, make_llama, make_mlp, pair
-from rich.console import Console
+from peft_models import assert_close, layer, make_llama, make_mlp, pair
 from torch import nn
 
-from peft_kernels.core.plan import plans
 from peft_kernels.surgery import Report, Row, explain, replace, replace_layers, restore_layers
 from peft_kernels.surgery.bitsandbytes_linear import FusedLinear4bit
 from peft_kernels.surgery.registry import FusedLayer
@@ -200,42 +198,6 @@ def test_model_without_anything_to_replace() -> None:
     report = replace_layers(model)
     assert (len(report), list(report), report.fused, report.skipped) == (0, [], (), ())
     assert str(report) == "no PEFT, adapters or bitsandbytes layers"
-
-
-def test_report_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readable in a log: plain characters, names whole, reasons wrapped, square brackets as they are."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    reason = (
-        "its scaling is a tensor of shape [128], and so on, for longer than a line of this width has place"
-    )
-    report = Report(
-        (Row("model.layers.0.q_proj", "lora.Linear", True, ""), Row("b", "lora.Linear", False, reason))
-    )
-    text = str(report)
-    assert repr(report) == text  # what a notebook shows
-    assert "\x1b" not in text
-    assert text.startswith("1 of 2 PEFT, adapters and bitsandbytes layers fused\n")
-    assert "model.layers.0.q_proj" in text
-    assert "[128]" in text
-    assert max(len(line) for line in text.splitlines()) <= 80
-    assert "yes" in text.split("q_proj")[1].splitlines()[0]
-    console = Console(width=200)
-    with console.capture() as captured:
-        console.print(report)
-    assert reason in captured.get()
-
-
-def test_report_says_how_nf4_products_are_computed() -> None:
-    model = nn.Sequential(
-        *(linear4bit(nn.Linear(64, 64)) for _ in range(2)),
-        linear4bit(nn.Linear(64, 64), compute_dtype=torch.bfloat16),
-    )
-    report = replace_layers(model)
-    assert [work.layers for work in report.works] == [2, 1]
-    for work in report.works:
-        assert work.plans == plans(work.product)
-        assert str(work.plans["forward"]) in " ".join(str(report).split())
 
 
 def test_surgery_imports_neither_peft_nor_bitsandbytes() -> None:

@@ -1,5 +1,6 @@
 """Fused layers under DDP and FSDP: gathered weights are used, sharded ones are left to the stock forward."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -43,7 +44,8 @@ def test_fully_shard(process_group: None, monkeypatch: pytest.MonkeyPatch) -> No
     replace_layers(fused, strict=True)
     for name in ("base_model.model.0", "base_model.model.2"):
         fully_shard(layer(fused, name), mesh=dist.init_device_mesh("cpu", (1,)))
-    assert {row.reason for row in explain(fused)} == {"lora_A: its weight is a DTensor, not a Parameter"}
+    sharded = "lora_A: its weight is sharded: each call decides, once FSDP has gathered it"
+    assert {row.reason for row in explain(fused)} == {sharded}
     calls = []
     monkeypatch.setattr(
         peft_lora,
@@ -72,3 +74,18 @@ def test_sub_layers_sharded_on_their_own(process_group: None) -> None:
     assert explain(fused).rows[0].reason == "lora_A: it has hooks"
     x = torch.randn(3, 64)
     assert torch.equal(layer(fused)(x), layer(stock)(x))
+
+
+def test_norms_are_not_kept_where_weights_may_be_gathered(process_group: None) -> None:
+    """FSDP2 writes what it gathers where it was before, and puts the version counter back."""
+    model = make_mlp(use_dora=True).eval()
+    replace_layers(model, strict=True)
+    x = torch.randn(3, 64)
+    lora_b = layer(model).lora_B["default"].weight
+    with torch.no_grad():
+        before = model(x)
+        with torch.autograd._unsafe_preserve_version_counter(lora_b):
+            lora_b.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, copy.deepcopy(model)(x))  # which has kept nothing

@@ -120,14 +120,6 @@ void fill_rows(Array values, int64_t first, int64_t count, int64_t rows, int64_t
   for (int64_t i = 1; i < rows; ++i) std::memcpy(dst + i * width, dst, static_cast<size_t>(width) * sizeof(float));
 }
 
-// Fetches src[at .. at + count) into the second-level cache: what lies a row apart is nothing that the processor would
-// fetch by itself.
-inline void prefetch_row(Array src, int64_t at, int64_t count) {
-  const int64_t size = src.dtype == DType::kFloat32 ? 4 : 2;
-  const char* bytes = static_cast<const char*>(src.data) + at * size;
-  for (int64_t i = 0; i < count * size; i += kCacheLine) prefetch_far(bytes + i);
-}
-
 // dst[t] = src[m0 + t][k0 .. k0 + count), rows kBlockDepth units apart; the block after it is fetched on the way.
 template <class P>
 void load_adapter_block(Array src, int64_t row_size, int64_t m0, int64_t tokens, int64_t k0, int64_t count,

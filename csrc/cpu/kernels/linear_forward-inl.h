@@ -212,6 +212,7 @@ void forward_gemv(const AdaptedLinear& p, ThreadPool pool) {
     float* scales = scratch.take(kRows * blocks);
     float* b_buffer = scratch.take(rank);
     float sums[kGemvTokens * kColumns], scale_buffer[kColumns], bias_buffer[kColumns];
+    if (rank != 0) prefetch_row(p.lowrank.b, n0 * rank, columns * rank);  // or it would be waited for, after W
     for (int64_t n = 0; n < columns; n += kRows) {
       gemv_groups(p, x, n0 + n, lesser(kRows, columns - n), scales, sums + n, kColumns);
     }

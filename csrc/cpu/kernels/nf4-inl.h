@@ -21,7 +21,6 @@ void load_scales(const NF4Weight& w, int64_t first, int64_t count, float* dst) {
   }
 }
 
-inline constexpr int64_t kCacheLine = 64;  // bytes
 inline void prefetch_scales(const NF4Weight& w, int64_t block) {
   prefetch(w.absmax != nullptr ? static_cast<const void*>(w.absmax + block) : w.absmax_codes + block);
 }

@@ -1,6 +1,8 @@
 // Rows of any dtype in and out of fp32, and the helpers that every kernel shares.
 // A "-inl.h" file is compiled once per instruction set, inside that set's namespace, after its simd/ header.
 
+inline constexpr int64_t kCacheLine = 64;  // bytes
+
 inline int64_t slice_size(int64_t floats) { return (floats + 15) / 16 * 16; }  // keeps 64-byte alignment
 struct Slice {  // what a task gets of its scratch: consecutive arrays cut off one allocation
   float* next;
@@ -109,6 +111,14 @@ const float* as_float(Array src, int64_t offset, int64_t count, float* buffer) {
   if (src.dtype == DType::kFloat32) return static_cast<const float*>(src.data) + offset;
   load_row(src, offset, count, buffer);
   return buffer;
+}
+
+// Fetches src[at .. at + count) into the second-level cache: what lies a row apart is nothing that the processor would
+// fetch by itself.
+inline void prefetch_row(Array src, int64_t at, int64_t count) {
+  const int64_t size = src.dtype == DType::kFloat32 ? 4 : 2;
+  const char* bytes = static_cast<const char*>(src.data) + at * size;
+  for (int64_t i = 0; i < count * size; i += kCacheLine) prefetch_far(bytes + i);
 }
 
 void fill_zero(float* p, int64_t count) {

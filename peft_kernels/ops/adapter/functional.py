@@ -80,24 +80,26 @@ def bottleneck_adapter(
 
     Args:
         hidden: [..., d]; float32, bfloat16, float16, or float64 (on the reference backend).
-        down_weight: [r, d]; float32 or the dtype of `hidden`, as all other tensors here.
-        down_bias: [r] or None.
-        up_weight: [N, r]; N is d in an adapter proper.
-        up_bias: [N] or None.
+        down_weight: [r, d]; float32 or the dtype of `hidden`.
+        down_bias: [r] or None; float32 or the dtype of `hidden`.
+        up_weight: [N, r], float32 or the dtype of `hidden`; N is d in an adapter proper.
+        up_bias: [N] or None; float32 or the dtype of `hidden`.
         activation: f. "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "leaky_relu" (slope 0.01) and
             "identity" run in the kernel, as do their names in transformers ("gelu_new", "swish", ...). A
             callable is called on tensors: the adapter is then composed of PyTorch's operations, rounded after
             each, and not fused.
-        scaling: a number, or a tensor [1] (or 0-dim) or [N], one factor for each channel.
-        residual: [..., N] or None.
-        ln_before: weight and bias [d], either of them None, and eps; applied to `hidden`.
-        ln_after: the same, [N].
+        scaling: a number, or a tensor [1] (or 0-dim) or [N], one factor for each channel; float32 or the
+            dtype of `hidden`.
+        residual: [..., N] or None; float32 or the dtype of `hidden`.
+        ln_before: weight and bias [d], either of them None, in the dtype of `hidden`, and eps; applied to
+            `hidden`.
+        ln_after: the same with [N], in the dtype of the result, to which it is applied.
         adapter_residual_before_ln: add the residual before `ln_after`. Without `ln_after` no difference.
         dropout_p: dropout on `up`, in [0, 1); pass 0 when not training.
         seed: int, or int64 0-dim tensor on the device of `hidden`; fixes the mask (`philox_dropout_mask` on
             the [M, N] `up`). Drawn from torch's default generator when None and `dropout_p` > 0.
         gate: [..., 1], expandable to `hidden` but for the last dimension: one factor for each token, or for
-            each sequence. None for 1.
+            each sequence; float32 or the dtype of `hidden`. None for 1.
 
     Returns:
         [..., N], in the dtype of `hidden`, or of `residual` if that is wider.
@@ -140,21 +142,24 @@ def bottleneck_adapter_with_intermediates(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`bottleneck_adapter`, and what AdapterFusion needs of it: down, and `up` after its scale.
 
+        down = f(h W_d^T + b_d)      up = scaling * (down W_u^T + b_u)      out = D(up) * gate + residual
+
     Args:
-        hidden: see `bottleneck_adapter`, as for all others but the last two.
-        down_weight: [r, d].
-        down_bias: [r] or None.
-        up_weight: [N, r].
-        up_bias: [N] or None.
+        hidden: [..., d]; float32, bfloat16, float16, or float64. More on all but the last two arguments: see
+            `bottleneck_adapter`.
+        down_weight: [r, d]; float32 or the dtype of `hidden`, as all other tensors here.
+        down_bias: [r] or None; float32 or the dtype of `hidden`.
+        up_weight: [N, r]; float32 or the dtype of `hidden`.
+        up_bias: [N] or None; float32 or the dtype of `hidden`.
         activation: f.
-        scaling: of up.
-        residual: [..., N] or None.
-        ln_before: on `hidden`.
-        ln_after: on the result.
+        scaling: of up; a number, or a tensor [1] or [N], float32 or the dtype of `hidden`.
+        residual: [..., N] or None; float32 or the dtype of `hidden`.
+        ln_before: on `hidden`; weight and bias [d], in the dtype of `hidden`, and eps.
+        ln_after: on the result; weight and bias [N], in its dtype, and eps.
         adapter_residual_before_ln: where the residual is added.
         dropout_p: on up.
-        seed: of the mask.
-        gate: [..., 1] or None.
+        seed: of the mask; int, or int64 0-dim tensor.
+        gate: [..., 1] or None; float32 or the dtype of `hidden`.
         need_down: whether to return down; it is written to memory then.
         need_up: whether to return up.
 

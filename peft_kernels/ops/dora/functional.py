@@ -96,7 +96,8 @@ def dora_linear(
         bias: [N]; float32 or the dtype of `x`. Not multiplied by g.
         dropout_p: in [0, 1); pass 0 when not training.
         seed: fixes the dropout mask; see `adapted_linear`.
-        norm: [N], what `dora_norm` gives for this weight and adapter, if known already; computed when None.
+        norm: [N], float32 or the dtype of `x`: what `dora_norm` gives for this weight and adapter, if known
+            already; computed when None.
 
     Returns:
         [..., N], dtype of `x`.

@@ -51,6 +51,9 @@ def philox_dropout(x: torch.Tensor, p: float, seed: int | torch.Tensor | None = 
 def philox_dropout_mask(shape: Sequence[int], p: float, seed: int | torch.Tensor) -> torch.Tensor:
     """The mask of `philox_dropout`: True where an element is kept.
 
+    keep[e] = (word[e % 4] >= floor(p * 2^32)), of the four words that Philox4x32-10 gives for counter e // 4
+    and key `seed`; e counts the elements in row-major order.
+
     Args:
         shape: shape of the tensor to which dropout is applied.
         p: probability that an element is dropped, in [0, 1).
@@ -62,6 +65,8 @@ def philox_dropout_mask(shape: Sequence[int], p: float, seed: int | torch.Tensor
     Raises:
         TypeError: `seed` is neither an int nor a tensor, or `shape` no sequence of ints.
         ValueError: `p` or a size is out of range, or `seed` is not an int64 scalar.
+
+    Source: Philox4x32-10 of Salmon et al., SC'11.
     """
     check_sizes("shape", shape)
     check_probability("p", p)

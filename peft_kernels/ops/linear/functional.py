@@ -149,11 +149,11 @@ def lora_linear(
     """y = x W^T + scaling * (D(x) A^T) B^T + bias: LoRA over a frozen dense weight.
 
     Args:
-        x: [..., K].
+        x: [..., K]; float32, bfloat16, float16, or float64 (on the reference backend).
         weight: frozen, [N, K], dtype of `x`.
         lora_a: [r, K]; float32 or the dtype of `x`.
         lora_b: [N, r], dtype of `lora_a`.
-        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA; a float, or a tensor with one element.
         bias: [N]; float32 or the dtype of `x`.
         dropout_p: dropout on the input of the low-rank part, in [0, 1); pass 0 when not training.
         seed: fixes the dropout mask; see `adapted_linear`.
@@ -162,7 +162,9 @@ def lora_linear(
         [..., N], dtype of `x`.
 
     Raises:
+        TypeError: see `adapted_linear`.
         ValueError: see `adapted_linear`.
+        NotImplementedError: see `adapted_linear`.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
     """
@@ -188,7 +190,7 @@ def nf4_lora_linear(
         w: frozen, shape [N, K].
         lora_a: [r, K]; float32 or the dtype of `x`.
         lora_b: [N, r], dtype of `lora_a`.
-        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA.
+        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA; a float, or a tensor with one element.
         bias: [N]; float32 or the dtype of `x`.
         dropout_p: dropout on the input of the low-rank part, in [0, 1); pass 0 when not training.
         seed: fixes the dropout mask; see `adapted_linear`.
@@ -199,6 +201,7 @@ def nf4_lora_linear(
     Raises:
         TypeError: `w` is not an NF4Weight.
         ValueError: see `adapted_linear`.
+        NotImplementedError: see `adapted_linear`.
 
     Source: QLoRA, arXiv 2305.14314, equation 5.
     """

@@ -23,7 +23,7 @@ def ia3_linear(
     trained. For several adapters pass the product of their vectors. Autocast: as `adapted_linear`.
 
     Args:
-        x: [..., K].
+        x: [..., K]; float32, bfloat16, float16, or float64 (on the reference backend).
         weight: frozen; `NF4Weight` of shape [N, K], or dense [N, K] of the dtype of `x`.
         ia3_l: l, [N], or [N, 1] as PEFT has it; with `feedforward` [K] or [1, K]. float32 or the dtype of
             `x`. An fp32 vector over bf16 `x` does not cast `x` up.

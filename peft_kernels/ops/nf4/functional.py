@@ -43,7 +43,7 @@ def nf4_quantize(weight: torch.Tensor, blocksize: int = 64, double_quant: bool =
 
 
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The dense weight: fp32 code times fp32 absmax, rounded once to `dtype`.
+    """The dense weight: w[e] = fp32(code[e] * absmax[e // blocksize]), rounded once to `dtype`.
 
     Args:
         w: quantised weight.

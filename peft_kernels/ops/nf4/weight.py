@@ -128,6 +128,12 @@ class NF4Weight:
 
         Args:
             dtype: float32, bfloat16 or float16; the weight's own `dtype` by default.
+
+        Returns:
+            Tensor of `shape`, contiguous.
+
+        Raises:
+            ValueError: `dtype` is another one.
         """
         base, dtype = self.base_weight(), self.dtype if dtype is None else dtype
         check_nf4_dequantize(base, self.shape, dtype)
@@ -135,7 +141,14 @@ class NF4Weight:
         return weight
 
     def to(self, device: torch.device | str | int) -> "NF4Weight":
-        """The same weight on `device`; tensors already there are shared, not copied."""
+        """The same weight on another device.
+
+        Args:
+            device: as torch.Tensor.to takes it.
+
+        Returns:
+            The weight with its tensors there; those that were there already are shared, not copied.
+        """
         nested = self.nested
         if nested is not None:
             code, offset = nested.code.to(device), nested.offset.to(device)
@@ -275,6 +288,12 @@ class NF4Weight:
 
         Keys: weight, weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 (UTF-8 JSON),
         and when double-quantised weight.nested_absmax and weight.nested_quant_map.
+
+        Args:
+            prefix: of every key; the module's name and a dot.
+
+        Returns:
+            Tensors by key; those of the weight are shared, not copied.
         """
         meta: dict[str, Any] = {
             "quant_type": "nf4",
@@ -299,6 +318,13 @@ class NF4Weight:
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> "NF4Weight":
         """Read what `state_dict`, or a bitsandbytes `Linear4bit`, wrote under `prefix`; tensors are shared.
+
+        Args:
+            state_dict: tensors by key, other keys too.
+            prefix: of the weight's keys; the module's name and a dot.
+
+        Returns:
+            The weight, in which nothing is copied but the offset of nested absmax.
 
         Raises:
             KeyError: a key is missing.
