@@ -234,25 +234,27 @@ def test_this_machine_is_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "command"),
+    ("origin", "source"),
     [
-        (None, "pip install -v --force-reinstall --no-deps --no-cache-dir peft_kernels"),
-        ("file:///home/me/a%20b", "pip install -v --force-reinstall --no-deps --no-cache-dir '/home/me/a b'"),
+        (None, "peft_kernels"),
+        ({"url": "file:///home/me/a%20b", "dir_info": {}}, "'/home/me/a b'"),
+        ({"url": "https://host/x.whl", "archive_info": {}}, "https://host/x.whl"),
         (
-            "https://host/x.whl",
-            "pip install -v --force-reinstall --no-deps --no-cache-dir https://host/x.whl",
+            {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}},
+            "git+https://host/x.git@0123abc",
         ),
     ],
 )
 def test_it_is_installed_again_from_where_it_came(
-    url: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    origin: dict[str, Any] | None, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metadata = tmp_path / "peft_kernels-0.1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: peft_kernels\nVersion: 0.1.0\n")
-    if url:
-        (metadata / "direct_url.json").write_text(json.dumps({"url": url}))
+    if origin:
+        (metadata / "direct_url.json").write_text(json.dumps(origin))
     monkeypatch.syspath_prepend(tmp_path)
+    command = f"pip install -v --force-reinstall --no-deps --no-cache-dir {source}"
     assert machine.install_command(tmp_path) == command
     (tmp_path / "setup.py").touch()
     assert machine.install_command(tmp_path) == "make build"

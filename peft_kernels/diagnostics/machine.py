@@ -121,8 +121,11 @@ def install_command(root: Path) -> str:
         origin = importlib.metadata.distribution("peft_kernels").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         origin = None
-    source = json.loads(origin)["url"] if origin else "peft_kernels"
-    if source.startswith("file://"):
+    record = json.loads(origin) if origin else {"url": "peft_kernels"}
+    source: str = record["url"]
+    if "vcs_info" in record:  # the URL is the repository's, without what told pip so
+        source = f"{record['vcs_info']['vcs']}+{source}@{record['vcs_info']['commit_id']}"
+    elif source.startswith("file://"):
         source = unquote(source.removeprefix("file://"))
     return f"pip install -v --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
 
