@@ -1,21 +1,24 @@
 """`python -m peft_kernels`: what it reports is what is, and a wrong kernel does not pass its self-test."""
 
 import dataclasses
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from rich.console import Console
 
 from peft_kernels import __main__ as command
 from peft_kernels import __version__, diagnostics
 from peft_kernels.core.library import BUILD_FAILURE_NOTE, CUDA_FAILURE_NOTE, NativeLibrary, native_library
-from peft_kernels.diagnostics import environment, machine
+from peft_kernels.core.text import as_text
+from peft_kernels.diagnostics import environment, machine, text
 
 OPS = (
     *("adapted_linear", "adapted_linear_backward", "bottleneck_adapter", "bottleneck_adapter_backward"),
@@ -143,6 +146,35 @@ def test_text_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert re.search(r"self-test: (\d+) of \1 passed", whole)
     for title in ("versions", "hardware", "native library", "backends", "advice: "):
         assert re.search(f"^{title}", shown, re.MULTILINE), title
+
+
+def test_what_is_longer_than_a_line_is_folded_and_not_cut_off() -> None:
+    """The usual path of a library is longer than 80 columns have place for."""
+    path = "/home/somebody/miniconda3/envs/finetuning/lib/python3.12/site-packages/peft_kernels/_native.so"
+    remedy = f"`pip install --force-reinstall git+file://{path}`"
+    advice = diagnostics.Advice("name", "slower", f"{path} is old", f"{path} it is", remedy, path)
+    failed = diagnostics.SelfTestResult("nf4_linear_feedforward/both/M3/float32", 1e9, 3e12, False)
+    views = [
+        text.inventory_view({"native library": {"loaded from": path}}),
+        text.advice_view([advice]),
+        text.self_test_view([failed, dataclasses.replace(failed, case=failed.case.replace("32", "16"))]),
+    ]
+    console = Console(width=60, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(*views)
+    shown = captured.get()
+    assert "…" not in shown
+    assert shown.replace("\n", "").replace(" ", "").count(path) == 5
+
+
+def test_hints_are_counted_apart() -> None:
+    def headline(*levels: Literal["problem", "slower", "hint"]) -> str:
+        advice = [diagnostics.Advice("name", level, "", "", "") for level in levels]
+        return as_text(text.advice_view(advice)).splitlines()[0]
+
+    assert headline() == "advice: nothing to change"
+    assert headline("hint") == "advice: nothing to change, 1 hint for some uses only"
+    assert headline("problem", "slower", "hint", "hint") == "advice: 2 to follow, 2 hints for some uses only"
 
 
 def test_a_report_for_an_issue_says_all_but_who_you_are(

@@ -24,7 +24,8 @@ def inventory_view(sections: Mapping[str, Section]) -> Group:
     for title, section in sections.items():
         table = Table.grid(padding=(0, 2))
         for name, value in (_by_backend(section) if title == "backends" else section).items():
-            table.add_row(Text(f"  {name}", style="bold red" if name.isupper() else "cyan"), Text(value))
+            style = "bold red" if name.isupper() else "cyan"
+            table.add_row(Text(f"  {name}", style=style), Text(value, overflow="fold"))
         parts += [Text(title, style="bold"), table, Text("")]
     return Group(*parts)
 
@@ -32,13 +33,16 @@ def inventory_view(sections: Mapping[str, Section]) -> Group:
 def advice_view(advice: list[Advice]) -> Group:
     """What to change, or that nothing is to be."""
     pressing = [a for a in advice if a.level != "hint"]
-    headline = "nothing to change" if not pressing else f"{len(pressing)} to follow"
+    headline = f"{len(pressing)} to follow" if pressing else "nothing to change"
+    if hints := len(advice) - len(pressing):
+        headline += f", {hints} hint{'s' * (hints > 1)} for some uses only"
     parts: list[RenderableType] = [Text(f"advice: {headline}", style="bold")]
     for each in advice:
         table = Table.grid(padding=(0, 2))
-        table.add_row(Text(f"  {each.level}", style=COLOURS[each.level]), Text(each.what, style="bold"))
+        level = Text(f"  {each.level}", style=COLOURS[each.level])
+        table.add_row(level, Text(each.what, style="bold", overflow="fold"))
         for name, value in (("why", each.why), ("do", each.remedy), ("gain", each.gain or "not measured")):
-            table.add_row(Text(f"  {name:>7}", style="dim"), Text(value))
+            table.add_row(Text(f"  {name:>7}", style="dim"), Text(value, overflow="fold"))
         parts.append(table)
     return Group(*parts, Text(""))
 
@@ -49,6 +53,8 @@ def self_test_view(results: list[SelfTestResult]) -> Group:
         return Group(Text("self-test: not run", style="bold red"))
     passed = sum(result.passed for result in results)
     table = Table("op", "case", *DTYPES, box=box.SIMPLE_HEAD, show_edge=False)
+    for column in table.columns[:2]:
+        column.overflow = "fold"
     for column in table.columns[2:]:
         column.justify = "right"
     for (op, case), by_dtype in _by_case(results).items():
