@@ -243,7 +243,8 @@ def commands_page() -> str:
         parser = parser_of(program)
         rows = ["| argument | meaning |", "|---|---|"]
         rows += [_row(parser, action) for action in parser._actions if action.dest != "help"]
-        parts += [f"## {command}", parser.description or "", "\n".join(rows)]
+        notes = [group.description or "" for group in parser._action_groups] + [(parser.epilog or "").strip()]
+        parts += [f"## {command}", parser.description or "", "\n".join(rows), *notes]
     return _finished(parts)
 
 
@@ -276,10 +277,10 @@ def parser_of(program: str) -> argparse.ArgumentParser:
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     formatter = parser._get_formatter()
-    metavar = formatter._metavar_formatter(action, action.dest.upper())(1)[0] if action.nargs != 0 else ""
+    metavar = formatter._format_args(action, action.dest.upper())
     names = [f"{option} {metavar}".strip() for option in action.option_strings] or [metavar]
     help_text = formatter._expand_help(action).strip() if action.help else ""
-    return f"| `{', '.join(names)}` | {help_text} |".replace("[F|", "[F\\|")
+    return f"| `{', '.join(names)}` | {help_text} |"
 
 
 def index_page(texts: dict[str, str]) -> str:
@@ -294,7 +295,8 @@ def index_page(texts: dict[str, str]) -> str:
         parts += [f"## {title}", "\n".join(rows)]
     ops = ", ".join(f"[`{op_name}`](operators.md#{op_name})" for op_name in op_names())
     parts += ["## torch.ops.peft_kernels", ops, "## Command lines"]
-    parts.append("\n".join(f"- [`{command}`](command_lines.md)" for command in PROGRAMS.values()))
+    anchors = {c: re.sub(r"[^\w\- ]", "", c).replace(" ", "-") for c in PROGRAMS.values()}  # as GitHub's
+    parts.append("\n".join(f"- [`{c}`](command_lines.md#{anchor})" for c, anchor in anchors.items()))
     return _finished(parts)
 
 
