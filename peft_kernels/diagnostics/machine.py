@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -121,7 +122,7 @@ def install_command(root: Path) -> str:
         origin = importlib.metadata.distribution("peft_kernels").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         origin = None
-    record = json.loads(origin) if origin else {"url": "peft_kernels"}
+    record: dict[str, Any] = json.loads(origin) if origin else {"url": "peft_kernels"}
     source: str = record["url"]
     if "vcs_info" in record:  # the URL is the repository's, without what told pip so
         source = f"{record['vcs_info']['vcs']}+{source}@{record['vcs_info']['commit_id']}"

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from peft_kernels.core.checks import check_shape
 from peft_kernels.functional import nf4_linear, nf4_quantize
 from peft_kernels.nn.plain_linear import has_forward_of, is_linear4bit, new_linear, require_plain
 from peft_kernels.ops.linear.schema import check_activation
@@ -122,13 +123,24 @@ class NF4Linear(nn.Module):
 
         Args:
             weight: [N, K], of `pk.functional.nf4_quantize` for example.
-            bias: [N], or None.
+            bias: [N], float32 or the dtype of the inputs; or None.
 
         Raises:
-            TypeError: `weight` is not an `NF4Weight`.
+            TypeError: `weight` is not an `NF4Weight`, or `bias` not an nn.Parameter.
+            ValueError: `weight` is not a matrix, or `bias` does not fit it.
         """
+        shape = require_nf4_weight("weight", weight).shape
+        if len(shape) != 2:
+            raise ValueError(f"weight must be [N, K], got an NF4Weight of shape {list(shape)}")
+        if bias is not None:
+            if not isinstance(bias, nn.Parameter):
+                raise TypeError(
+                    f"bias must be an nn.Parameter or None, got {type(bias).__name__}; "
+                    "wrap it in nn.Parameter"
+                )
+            check_shape("bias", bias, "[N]", shape[:1])
         layer = cls.__new__(cls)
-        layer._init(require_nf4_weight("weight", weight), bias)
+        layer._init(weight, bias)
         return layer
 
     @property

@@ -75,6 +75,12 @@ def test_from_weight_shares_it_and_refuses_others() -> None:
     assert torch.equal(layer(x), pk.functional.nf4_linear(x, weight, bias))
     with pytest.raises(TypeError, match="weight must be an NF4Weight, got Tensor"):
         NF4Linear.from_weight(torch.randn(96, 128))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight must be \[N, K\], got an NF4Weight of shape \[2, 96, 64\]"):
+        NF4Linear.from_weight(pk.functional.nf4_quantize(torch.randn(2, 96, 64)))
+    with pytest.raises(TypeError, match=r"bias must be an nn.Parameter or None, got Tensor; wrap it"):
+        NF4Linear.from_weight(weight, torch.randn(96))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias must be \[N\] = \[96\], got \[128\]"):
+        NF4Linear.from_weight(weight, nn.Parameter(torch.randn(128)))
 
 
 @pytest.mark.parametrize("double_quant", DOUBLE)
