@@ -9,6 +9,7 @@ import torch
 from subjects import EACH_SUBJECT, inputs, make, results, run
 from torch import nn
 from torch.export import Dim
+from torch.jit.frontend import NotSupportedError
 
 from surgery.peft_models import assert_close
 
@@ -97,3 +98,11 @@ def test_jit_trace(level: str, name: str) -> None:
         assert_close(got[key], eager[key])
     with pytest.raises(RuntimeError, match="Could not export Python function call"):
         torch.jit.save(trained, io.BytesIO())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@EACH_SUBJECT
+def test_jit_script(level: str, name: str) -> None:
+    """Torch compiles the sources of a module, and refuses what TorchScript lacks; nothing wrong comes of it."""
+    with pytest.raises((NotSupportedError, RuntimeError, OSError, AssertionError)):
+        torch.jit.script(make(level, name))
