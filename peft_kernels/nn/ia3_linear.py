@@ -39,6 +39,10 @@ class IA3Linear(AdaptedLayer):
         device: where to make it.
         dtype: of the base layer, a new `nn.Linear`; `from_linear` takes over an existing one.
 
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a size, `device` or `dtype` is one that a layer cannot have.
+
     Source: IA3, arXiv 2205.05638, section 3.3.
     """
 

@@ -36,6 +36,15 @@ def linear4bit(linear: nn.Linear, base: str = "nf4_double", **kwargs: Any) -> bn
     return layer.to("cpu")  # this quantises
 
 
+def make_linear4bit(
+    base: str = "nf4", in_features: int = 128, seed: int = 0, **kwargs: Any
+) -> bnb.nn.Linear4bit:
+    """A frozen layer of 96 outputs."""
+    torch.manual_seed(seed)
+    layer = linear4bit(nn.Linear(in_features, 96), base, **kwargs)
+    return layer.requires_grad_(False)
+
+
 def quantise(model: nn.Module, base: str, **kwargs: Any) -> None:
     """Put a bitsandbytes layer in the place of every `nn.Linear`, as transformers does."""
     for module in list(model.modules()):

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
-from peft_models import linear4bit
+from peft_models import make_linear4bit
 from torch import nn
 
 from numerics import assert_within, bound, gamma, nf4_bound
@@ -16,12 +16,6 @@ from peft_kernels.surgery import Row, explain, replace_layers, restore_layers
 from peft_kernels.surgery.bitsandbytes_linear import nf4_weight
 
 QUANTISATION = ("nf4", "nf4_double")
-
-
-def make_layer(base: str = "nf4", in_features: int = 128, seed: int = 0, **kwargs: Any) -> bnb.nn.Linear4bit:
-    torch.manual_seed(seed)
-    layer = linear4bit(nn.Linear(in_features, 96), base, **kwargs)
-    return layer.requires_grad_(False)
 
 
 def exact_weight(layer: Any) -> torch.Tensor:
@@ -41,7 +35,7 @@ def pack_for_cpu(layer: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", QUANTISATION)
 def test_product_and_gradient(base: str, dtype: torch.dtype) -> None:
-    layer = make_layer(base, compute_dtype=dtype)
+    layer = make_linear4bit(base, compute_dtype=dtype)
     weight = exact_weight(layer)
     replace_layers(layer, strict=True)
     x, grad = torch.randn(2, 5, 128).to(dtype), torch.randn(2, 5, 96).to(dtype)
@@ -57,7 +51,7 @@ def test_product_and_gradient(base: str, dtype: torch.dtype) -> None:
 
 
 def test_compute_dtype() -> None:
-    layer = make_layer(compute_dtype=torch.bfloat16)
+    layer = make_linear4bit(compute_dtype=torch.bfloat16)
     replace_layers(layer)
     x = torch.randn(3, 128)
     assert torch.equal(layer(x), layer(x.bfloat16()).float())
@@ -66,7 +60,7 @@ def test_compute_dtype() -> None:
 
 def test_autocast_does_not_change_the_compute_dtype() -> None:
     """bitsandbytes says so too and returns fp32, but its CPU op calls F.linear, which autocast rounds."""
-    stock = make_layer()
+    stock = make_linear4bit()
     fused = copy.deepcopy(stock)
     replace_layers(fused)
     x = torch.randn(3, 128)
@@ -81,7 +75,7 @@ def test_autocast_does_not_change_the_compute_dtype() -> None:
 
 
 def test_trainable_bias() -> None:
-    layer = make_layer()
+    layer = make_linear4bit()
     layer.bias.requires_grad_(True)
     replace_layers(layer)
     layer(torch.randn(7, 128)).sum().backward()
@@ -90,7 +84,10 @@ def test_trainable_bias() -> None:
 
 def test_bias_keeps_its_dtype() -> None:
     """bitsandbytes casts the parameter itself to the compute dtype, for good."""
-    stock, fused = make_layer(compute_dtype=torch.bfloat16), make_layer(compute_dtype=torch.bfloat16)
+    stock, fused = (
+        make_linear4bit(compute_dtype=torch.bfloat16),
+        make_linear4bit(compute_dtype=torch.bfloat16),
+    )
     stock.bias.data, fused.bias.data = stock.bias.data.float(), fused.bias.data.float()
     replace_layers(fused)
     for layer in (stock, fused):
@@ -102,7 +99,7 @@ def test_bias_keeps_its_dtype() -> None:
 
 @pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
 def test_any_quant_storage(quant_storage: torch.dtype) -> None:
-    layer, plain = make_layer(quant_storage=quant_storage), make_layer()
+    layer, plain = make_linear4bit(quant_storage=quant_storage), make_linear4bit()
     assert layer.weight.dtype == quant_storage
     replace_layers(nn.ModuleList([layer, plain]), strict=True)
     x = torch.randn(3, 128)
@@ -118,7 +115,7 @@ def test_any_quant_storage(quant_storage: torch.dtype) -> None:
     ids=["fp4", "sharded"],
 )
 def test_unreadable_weights(kwargs: dict[str, Any], reason: str) -> None:
-    layer = make_layer(**kwargs)
+    layer = make_linear4bit(**kwargs)
     x = torch.randn(3, 128)
     expected = copy.deepcopy(layer)(x)
     if "NoneType" in reason:
@@ -141,56 +138,8 @@ def test_a_weight_that_is_not_quantised_yet() -> None:
         layer(torch.randn(3, 128))
 
 
-@pytest.mark.parametrize("base", QUANTISATION)
-def test_a_quant_state_that_only_the_layer_has(base: str) -> None:
-    """FSDP2 gathers shards into a plain parameter: bitsandbytes, too, then takes the layer's quant_state."""
-    layer = make_layer(base, quant_storage=torch.float32)
-    replace_layers(layer, strict=True)
-    x = torch.randn(3, 128)
-    expected = layer(x)
-    layer.weight = nn.Parameter(layer.weight.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
-    assert type(layer.weight) is nn.Parameter
-    assert not hasattr(layer.weight, "quant_state")
-    assert torch.equal(layer(x), expected)
-    assert explain(layer).rows[0] == Row("", "bitsandbytes.Linear4bit", True, "")
-    assert type(layer.weight) is nn.Parameter, "the stock forward ran, which puts a Params4bit in its place"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (
-            lambda layer: layer.bfloat16(),  # as FSDP's mixed precision casts all that is a float
-            "its bytes were cast from torch.float32 to torch.bfloat16",
-        ),
-        (
-            lambda layer: setattr(layer.quant_state, "packing_format_for_cpu", True),
-            "bitsandbytes has rearranged its bytes for the CPU",
-        ),
-    ],
-)
-def test_gathered_bytes_that_are_not_as_the_state_says(change: Callable[[Any], Any], reason: str) -> None:
-    layer = make_layer(quant_storage=torch.float32)
-    layer.weight = nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
-    change(layer)
-    assert replace_layers(layer).rows[0].reason == reason
-
-
-def test_memory_of_a_gathered_weight_that_was_freed() -> None:
-    """FSDP2 frees the bytes of a gathered weight in place: a cached view of them must not be read again."""
-    layer = make_layer(quant_storage=torch.float32)
-    replace_layers(layer, strict=True)
-    layer(torch.randn(3, 128))
-    kept, bytes_ = layer.__dict__["_nf4_cache"], layer.weight.data.as_subclass(torch.Tensor)
-    layer.weight = nn.Parameter(bytes_.clone(), requires_grad=False)
-    assert kept.is_of(bytes_, layer.quant_state)
-    bytes_.untyped_storage().resize_(0)
-    assert not kept.is_of(layer.weight, layer.quant_state)
-    assert kept.weight.packed.data_ptr() == 0, "what tells is_of of it"
-
-
 def test_input_as_wide_as_the_transposed_weight_is_left_to_bitsandbytes() -> None:
-    stock = make_layer()
+    stock = make_linear4bit()
     fused = copy.deepcopy(stock)
     replace_layers(fused)
     x = torch.randn(3, 96)  # features of W^T
@@ -204,7 +153,7 @@ def test_input_as_wide_as_the_transposed_weight_is_left_to_bitsandbytes() -> Non
 @pytest.mark.parametrize("base", QUANTISATION)
 def test_rearranged_bytes_are_put_back(base: str, when: str) -> None:
     """Codes exactly; absmax as bitsandbytes left them: bf16, and double-quantised again if they were."""
-    layer = make_layer(base)
+    layer = make_linear4bit(base)
     codes, weight, keys = layer.weight.data.clone(), exact_weight(layer), list(layer.state_dict())
     if when == "before replacing":
         pack_for_cpu(layer)
@@ -236,7 +185,7 @@ def test_rearranged_bytes_are_put_back(base: str, when: str) -> None:
 
 def test_statistics_that_bitsandbytes_left_transposed_are_not_misread() -> None:
     """Its state_dict() after an eval forward on such a CPU does so to absmax without double quantisation."""
-    layer = make_layer()
+    layer = make_linear4bit()
     pack_for_cpu(layer)
     layer.state_dict()
     assert layer.weight.quant_state.absmax.shape == (2, 96)
@@ -248,7 +197,7 @@ def test_statistics_that_bitsandbytes_left_transposed_are_not_misread() -> None:
 
 
 def test_a_fused_layer_is_never_rearranged() -> None:
-    layer = make_layer().eval()
+    layer = make_linear4bit().eval()
     codes = layer.weight.data.clone()
     replace_layers(layer)
     with torch.no_grad():
@@ -291,7 +240,7 @@ def new_statistics(layer: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("part", ["offset", "state2", "absmax", "code"])
 def test_a_change_of_one_part_of_the_second_level_is_noticed(part: str) -> None:
-    layer = make_layer("nf4_double")
+    layer = make_linear4bit("nf4_double")
     layer.bias = None
     replace_layers(layer, strict=True)
     x = torch.randn(3, 128)
@@ -310,7 +259,7 @@ def test_a_change_of_one_part_of_the_second_level_is_noticed(part: str) -> None:
 
 
 def test_a_code_that_is_not_nf4_any_more_is_noticed() -> None:
-    layer = make_layer()
+    layer = make_linear4bit()
     replace_layers(layer, strict=True)
     layer(torch.randn(3, 128))
     layer.weight.quant_state.code = layer.weight.quant_state.code * 2
@@ -320,7 +269,7 @@ def test_a_code_that_is_not_nf4_any_more_is_noticed() -> None:
 
 
 def test_a_new_blocksize_is_noticed() -> None:
-    layer = make_layer()
+    layer = make_linear4bit()
     layer.bias = None
     replace_layers(layer, strict=True)
     layer(torch.randn(3, 128))
@@ -332,7 +281,7 @@ def test_a_new_blocksize_is_noticed() -> None:
 
 def test_absmax_that_was_rounded_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a cast of everything in a file to bf16; the kernels take fp32, in a trace as outside."""
-    layer = make_layer()
+    layer = make_linear4bit()
     layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.bfloat16()
     stock = copy.deepcopy(layer)
     reason = "its absmax is torch.bfloat16, not torch.float32"
@@ -346,7 +295,7 @@ def test_absmax_that_was_rounded_is_left_to_bitsandbytes(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("base", QUANTISATION)
 def test_quant_state_on_the_meta_device(base: str) -> None:
-    layer = make_layer(base)
+    layer = make_linear4bit(base)
     layer.weight.quant_state.to("meta")
     row = replace_layers(layer).rows[0]
     assert (row.fused, row.reason) == (False, "its weight is on the meta device")
@@ -355,7 +304,7 @@ def test_quant_state_on_the_meta_device(base: str) -> None:
 @pytest.mark.parametrize("when", ["before replacing", "after replacing"])
 @pytest.mark.parametrize("base", QUANTISATION)
 def test_what_is_put_back_in_inference_mode_can_be_trained(base: str, when: str) -> None:
-    layer = make_layer(base).eval()
+    layer = make_linear4bit(base).eval()
     x = torch.randn(3, 128, requires_grad=True)
     if when == "after replacing":
         replace_layers(layer, strict=True)
@@ -375,7 +324,7 @@ def test_what_is_put_back_in_inference_mode_can_be_trained(base: str, when: str)
 
 @pytest.mark.parametrize("change", [new_parameter, new_bytes, bytes_in_place, new_state, new_statistics])
 def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None:
-    layer, other = make_layer(seed=0), make_layer(seed=1)
+    layer, other = make_linear4bit(seed=0), make_linear4bit(seed=1)
     other.bias = layer.bias
     replace_layers(nn.ModuleList([layer, other]))
     x = torch.randn(3, 128)
@@ -387,7 +336,7 @@ def test_changed_weights_are_noticed(change: Callable[[Any, Any], None]) -> None
 
 @pytest.mark.parametrize("part", ["state", "shape"])
 def test_a_new_shape_of_the_same_bytes_is_noticed(part: str) -> None:
-    layer = make_layer()
+    layer = make_linear4bit()
     layer.bias = None
     replace_layers(layer)
     layer(torch.randn(3, 128))
@@ -402,7 +351,7 @@ def test_a_new_shape_of_the_same_bytes_is_noticed(part: str) -> None:
 
 def test_wrapped_weight_is_kept_between_calls() -> None:
     """Wrapping costs more than the rest of the layer's own work."""
-    layer = make_layer()
+    layer = make_linear4bit()
     replace_layers(layer)
     layer(torch.randn(3, 128))
     kept = layer.__dict__["_nf4_cache"].weight

@@ -1,4 +1,4 @@
-"""What is read of bitsandbytes' quant states and of their JSON in files, checked: both come from outside."""
+"""What bitsandbytes says of a weight beside its bytes, from a file: read with suspicion."""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ _LARGEST = torch.finfo(torch.float32).max
 # What the JSON of a quant_state has, and where the weight is double-quantised.
 _META: Mapping[str, type | UnionType] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _NESTED_META: Mapping[str, type | UnionType] = {"nested_offset": int | float, "nested_blocksize": int}
+STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 
 
 def read_meta(key: str, entry: torch.Tensor) -> dict[str, Any]:

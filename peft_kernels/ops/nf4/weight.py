@@ -11,7 +11,7 @@ import torch
 
 from peft_kernels.core.backend import resolve
 from peft_kernels.core.checks import check_sizes, check_tensor
-from peft_kernels.ops.nf4.quant_state import DTYPES, read_meta, require_nf4
+from peft_kernels.ops.nf4.quant_state import DTYPES, STATE_KEY, read_meta, require_nf4
 from peft_kernels.ops.nf4.reference import nf4_code
 from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_dequantize, check_nf4_format
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 _STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-_STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 _QUANT_STATE = (
     "absmax",
     "shape",
@@ -306,7 +305,7 @@ class NF4Weight:
             meta["nested_blocksize"] = self.nested.blocksize
             meta["nested_dtype"] = "float32"
             meta["nested_offset"] = self.nested.offset.item()
-        state[_STATE_KEY] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+        state[STATE_KEY] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
         return {prefix + key: tensor for key, tensor in state.items()}
 
     @classmethod
@@ -325,7 +324,7 @@ class NF4Weight:
             TypeError: an entry is not a tensor.
             ValueError: the weight is not NF4, or an entry is damaged; the message says which.
         """
-        if prefix + _STATE_KEY.replace("nf4", "fp4") in state_dict:
+        if prefix + STATE_KEY.replace("nf4", "fp4") in state_dict:
             require_nf4("fp4", None)
 
         def entry(key: str) -> torch.Tensor:
@@ -335,7 +334,7 @@ class NF4Weight:
             check_tensor(prefix + key, tensor)
             return tensor
 
-        meta = read_meta(prefix + _STATE_KEY, entry(_STATE_KEY))
+        meta = read_meta(prefix + STATE_KEY, entry(STATE_KEY))
         require_nf4(meta["quant_type"], entry("weight.quant_map"))
         weight, absmax = entry("weight"), entry("weight.absmax")
         nested = None
