@@ -76,32 +76,8 @@ cpp-test: venv ## Run the C++ tests under ASan + UBSan, then under TSan (no torc
 	  ctest --test-dir build/$$sanitizers --parallel 2 --output-on-failure --no-tests=error || exit 1; \
 	done
 
-# Inputs of the Python fuzzer in all, and seconds of each C++ fuzzer. A failure prints its seed: make fuzz FUZZ_SEED=...
-FUZZ_INPUTS ?= 100000
-FUZZ_SEED ?= $(shell date +%Y%m%d)
-FUZZ_SECONDS ?= 60
-ASAN := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
-FUZZED := build/fuzz/package/peft_kernels
-
 fuzz: build ## Nightly: 100,000 odd inputs on a library with ASan + UBSan; libFuzzer on the C++ API (where clang++ is)
-	@mkdir -p $(FUZZED)
-	@tar --exclude=_native.so --exclude=__pycache__ -cf - peft_kernels | tar -xf - -C build/fuzz/package
-	@cmake -G Ninja -S . -B build/fuzz --log-level=WARNING -DPEFT_KERNELS_CUDA=0 -DPEFT_KERNELS_SANITIZE=address,undefined \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPEFT_KERNELS_OUTPUT_DIR=$(CURDIR)/$(FUZZED)
-	@cmake --build build/fuzz
-	PYTHONPATH=build/fuzz/package:tests LD_PRELOAD="$(ASAN)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -P -W error -m fuzz --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
-	@if ! command -v clang++ >/dev/null; then echo "clang++ is not installed: no libFuzzer"; else \
-	  cmake -G Ninja -S . -B build/libfuzzer --log-level=WARNING -DCMAKE_CXX_COMPILER=clang++ -DPEFT_KERNELS_BINDINGS=OFF \
-	    -DPEFT_KERNELS_CPP_TESTS=ON -DPEFT_KERNELS_LIBFUZZER=ON -DPEFT_KERNELS_SANITIZE=address,undefined && \
-	  cmake --build build/libfuzzer --target fuzzers && \
-	  for fuzzer in build/libfuzzer/fuzz_*; do \
-	    echo "--- $$fuzzer"; \
-	    ./$$fuzzer -seed=$(FUZZ_SEED) -max_total_time=$(FUZZ_SECONDS) -max_len=96 -len_control=0 -verbosity=0 \
-	      -print_final_stats=1 -artifact_prefix=build/libfuzzer/ || exit 1; \
-	  done; \
-	fi
+	bash tests/fuzz/nightly.sh
 
 wheel: venv ## Build a manylinux wheel into dist/ and self-test it in a fresh environment; PEFT_KERNELS_CUDA=1: for GPUs too
 	rm -rf build/wheel

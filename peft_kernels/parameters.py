@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -155,8 +156,9 @@ def _size(module: nn.Module, parameter: nn.Parameter) -> int:
     if quant_state is None and parameter is module._parameters.get("weight"):
         quant_state = getattr(module, "quant_state", None)  # FSDP's shards have none
     if quant_state is not None:
-        check_sizes("quant_state.shape", quant_state.shape)
-        return math.prod(quant_state.shape)
+        shape: Any = getattr(quant_state, "shape", None)
+        check_sizes("quant_state.shape", shape)
+        return math.prod(shape)
     zero3: int = getattr(parameter, "ds_numel", 0)  # DeepSpeed's ZeRO-3 leaves an empty tensor on each worker
     return parameter.numel() or zero3
 

@@ -89,6 +89,8 @@ def check_size(name: str, value: object) -> None:
 
 def check_finite(name: str, value: float) -> None:
     """Require `value` to be a finite number, of a size that a float has."""
+    if type(value) is float and -math.inf < value < math.inf:  # at once: this is in every call
+        return
     # math.isfinite cannot be traced by torch.compile
     finite = _holds(name, value, lambda number: -math.inf < number < math.inf)
     if not finite or (isinstance(value, int) and abs(value) > sys.float_info.max):
@@ -97,6 +99,8 @@ def check_finite(name: str, value: float) -> None:
 
 def check_probability(name: str, value: float) -> None:
     """Require 0 <= `value` < 1."""
+    if type(value) is float and 0.0 <= value < 1.0:  # at once: this is in every call
+        return
     if not _holds(name, value, lambda number: 0.0 <= number < 1.0):
         raise ValueError(f"{name} must be in [0, 1), got {shown(value)}")
 
@@ -124,10 +128,14 @@ def check_memory(name: str, tensor: torch.Tensor) -> None:
     """
     if torch.compiler.is_compiling() or tensor.numel() == 0 or tensor.is_meta:
         return
-    last = tensor.storage_offset() + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize and not tensor._is_zerotensor():
+    if tensor.is_contiguous():
+        extent = tensor.numel()
+    else:
+        extent = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    last = tensor.storage_offset() + extent
+    if tensor.untyped_storage().nbytes() < last * tensor.itemsize and not tensor._is_zerotensor():
         raise RuntimeError(
             f"{name} must have memory, got a tensor whose storage was freed; gather the sharded parameter "
             "first"

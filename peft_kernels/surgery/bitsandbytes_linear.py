@@ -137,8 +137,9 @@ def _unreadable(parameter: Any, state: Any) -> str:
         return sharded_reason(parameter) or f"its weight is a {type(parameter).__name__}, not a Params4bit"
     if state is None:
         return "its weight is not quantised yet"
-    if state.quant_type != "nf4":
-        return f"it is quantised to {state.quant_type}, not nf4"
+    quant_type = getattr(state, "quant_type", None)
+    if quant_type != "nf4":
+        return f"it is quantised to {quant_type}, not nf4"
     scales = state if getattr(state, "state2", None) is None else state.state2
     for part in (state, scales):
         if not isinstance(getattr(part, "absmax", None), torch.Tensor):

@@ -11,7 +11,7 @@ from fuzz.__main__ import fuzz
 from fuzz.calls import Entry, check_call
 from fuzz.entries import ENTRIES
 
-INPUTS = 150  # of each entry: a minute in all
+INPUTS = 350  # of each entry: a minute in all
 
 
 @pytest.mark.parametrize("name", ENTRIES)

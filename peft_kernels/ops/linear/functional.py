@@ -259,22 +259,26 @@ def under_autocast(
 
 def split_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor | None) -> tuple[BaseWeight, int]:
     """The parts of a frozen weight [N, K] and N, checked; K against x [..., K] where that is given."""
+    check_weight(weight, x)
     if isinstance(weight, NF4Weight):
-        base = weight.base_weight()
-    else:
+        return weight.base_weight(), weight.shape[0]
+    return BaseWeight(weight, None, None, None, None, 0, 0), weight.shape[0]
+
+
+def check_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor | None) -> None:
+    """Require a frozen weight [N, K], and x [..., K] where that is given."""
+    if not isinstance(weight, NF4Weight):
         check_tensor("weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "weight must be frozen, got requires_grad=True; call weight.requires_grad_(False), "
                 "or use torch.nn.functional.linear to train it"
             )
-        base = BaseWeight(weight, None, None, None, None, 0, 0)
     if len(weight.shape) != 2:
         kind = "an NF4Weight of shape " if isinstance(weight, NF4Weight) else ""
         raise ValueError(f"weight must be [N, K], got {kind}{list(weight.shape)}")
     if x is not None and x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-    return base, weight.shape[0]
 
 
 def _no_scaling(scaling: float | torch.Tensor) -> float:

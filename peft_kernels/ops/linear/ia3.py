@@ -4,7 +4,7 @@ import torch
 
 from peft_kernels.core.checks import check_dtype, check_flag, check_memory, check_tensor
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
-from peft_kernels.ops.linear.functional import adapted_linear, split_weight, under_autocast
+from peft_kernels.ops.linear.functional import adapted_linear, check_weight, under_autocast
 from peft_kernels.ops.linear.schema import accumulate_dtype, check_vector
 from peft_kernels.ops.nf4.weight import NF4Weight
 
@@ -44,15 +44,15 @@ def ia3_linear(
     check_tensor("ia3_l", ia3_l)
     check_flag("feedforward", feedforward)
     x, weight = under_autocast(x, weight)
-    _, out_features = split_weight(weight, x)
+    check_weight(weight, x)
     check_dtype("x", x, FLOAT_DTYPES)
     scale = _vector(ia3_l, tuple(weight.shape), feedforward)
     check_vector("ia3_l", scale, "[K]" if feedforward else "[N]", scale.shape[0], x)
-    check_vector("bias", bias, "[N]", out_features, x)
-    check_memory("ia3_l", ia3_l)
     if feedforward:
         return adapted_linear(x, weight, input_scale=scale, bias=bias)
     if bias is not None:
+        check_vector("bias", bias, "[N]", weight.shape[0], x)
+        check_memory("ia3_l", ia3_l)
         check_memory("bias", bias)
         bias = bias * scale.to(accumulate_dtype(scale.dtype))
     return adapted_linear(x, weight, column_scale=scale, bias=bias)

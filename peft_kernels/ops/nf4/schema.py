@@ -59,6 +59,15 @@ def check_nf4_quantize(weight: torch.Tensor, blocksize: int) -> None:
     check_blocksize(blocksize)
 
 
+def check_nf4_types(base: BaseWeight) -> None:
+    """What the dispatcher sees to for an op's arguments, and an `NF4Weight` when it is made."""
+    check_tensor("packed", base.weight)
+    for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
+        if (tensor := getattr(base, name)) is not None:
+            check_tensor(name, tensor)
+    check_integer("nested_blocksize", base.nested_blocksize)
+
+
 def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
     """The NF4 format as tensors, for a weight of `shape`; `NF4Weight` says what they mean."""
     packed, absmax, nested_absmax, nested_code, nested_offset, nested_blocksize, blocksize = base
@@ -67,8 +76,6 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
     check_blocksize(blocksize)
     n = math.prod(shape)
     blocks = -(-n // blocksize)
-    check_tensor("packed", packed)
-    check_tensor("absmax", absmax)
     check_dtype("packed", packed, (torch.uint8,), "view its bytes with .view(torch.uint8)")
     check_shape("packed", packed, "[(n+1)//2]", ((n + 1) // 2,), "flatten it with .reshape(-1)")
     check_shape("absmax", absmax, "[ceil(n/blocksize)]", (blocks,))
@@ -80,10 +87,7 @@ def check_nf4_format(base: BaseWeight, shape: Sequence[int]) -> None:
             "absmax", absmax, (torch.float32,), "uint8 needs nested_absmax, nested_code, nested_offset"
         )
         return
-    for name in ("nested_absmax", "nested_code", "nested_offset"):
-        check_tensor(name, getattr(base, name))
     check_dtype("absmax", absmax, (torch.uint8,), "an fp32 absmax takes no nested_absmax")
-    check_integer("nested_blocksize", nested_blocksize)
     if nested_blocksize not in BLOCKSIZES:
         raise ValueError(f"nested_blocksize must be one of {_BLOCKSIZES_TEXT}, got {nested_blocksize}")
     nested_shape = (-(-blocks // nested_blocksize),)

@@ -13,7 +13,13 @@ from peft_kernels.core.backend import resolve
 from peft_kernels.core.checks import check_sizes, check_tensor
 from peft_kernels.ops.nf4.quant_state import DTYPES, STATE_KEY, read_meta, require_nf4
 from peft_kernels.ops.nf4.reference import nf4_code
-from peft_kernels.ops.nf4.schema import WEIGHT_DTYPES, BaseWeight, check_nf4_dequantize, check_nf4_format
+from peft_kernels.ops.nf4.schema import (
+    WEIGHT_DTYPES,
+    BaseWeight,
+    check_nf4_dequantize,
+    check_nf4_format,
+    check_nf4_types,
+)
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -99,6 +105,7 @@ class NF4Weight:
         check_sizes("shape", self.shape)
         if self.nested is not None and not isinstance(self.nested, NestedAbsmax):
             raise TypeError(f"nested must be a NestedAbsmax or None, got a {type(self.nested).__name__}")
+        check_nf4_types(self.base_weight())
         check_nf4_format(self.base_weight(), self.shape)
         if not self.packed.is_contiguous():
             raise ValueError(f"packed must be contiguous, got strides {self.packed.stride()}")
