@@ -103,6 +103,6 @@ def test_jit_trace(level: str, name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @EACH_SUBJECT
 def test_jit_script(level: str, name: str) -> None:
-    """Torch compiles the sources of a module, and refuses what TorchScript lacks; nothing wrong comes of it."""
+    """Torch compiles sources, and refuses what TorchScript lacks; nothing wrong comes of it."""
     with pytest.raises((NotSupportedError, RuntimeError, OSError, AssertionError)):
         torch.jit.script(make(level, name))
