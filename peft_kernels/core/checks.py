@@ -27,7 +27,7 @@ def check_tensor(name: str, value: object, remedy: str = "") -> None:
 def check_module(name: str, value: object, remedy: str) -> None:
     """Require `value` to be a module."""
     if not isinstance(value, torch.nn.Module):
-        raise TypeError(f"{name} must be an nn.Module, got {value!r}{_hint(remedy)}")
+        raise TypeError(f"{name} must be an nn.Module, got {shown(value)}{_hint(remedy)}")
 
 
 def check_shape(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_kernels.core.checks import check_module
+from peft_kernels.core.checks import check_module, shown
 from peft_kernels.core.plan import Product
 from peft_kernels.ops.linear.regimes import plans
 from peft_kernels.surgery.registry import FusedLayer, Status, find_handler, fused_class, restored_class
@@ -165,7 +165,7 @@ def _patterns(only: object) -> list[str]:
     if len(texts) < len(patterns):
         raise TypeError(
             "only must be a glob pattern, several of them, or a function of a layer's name and the layer, "
-            f"got {only!r}; to select by class pass lambda name, layer: isinstance(layer, ...)"
+            f"got {shown(only)}; to select by class pass lambda name, layer: isinstance(layer, ...)"
         )
     if not texts:
         raise ValueError("only must have at least one pattern, got none; leave it out to take every layer")

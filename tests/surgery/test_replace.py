@@ -89,6 +89,15 @@ def test_a_model_that_is_none(call: Any, model: Any) -> None:
         call(model)
 
 
+def test_a_whole_model_in_the_wrong_place_is_not_printed_whole() -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got OrderedDict") as of_state:
+        replace_layers(layers.state_dict())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="only must be a glob pattern") as of_only:
+        replace_layers(make_mlp(), only=layers)  # type: ignore[arg-type]
+    assert max(len(str(error.value)) for error in (of_state, of_only)) < 500
+
+
 def test_strict_needs_a_layer() -> None:
     for model, only in ((nn.Sequential(nn.Linear(4, 4)), None), (make_mlp(), lambda name, module: False)):
         with pytest.raises(
