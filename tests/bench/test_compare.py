@@ -199,7 +199,11 @@ def test_the_old_run_is_read_before_it_is_written_over(pretended, tmp_path, caps
     [
         (["--fail-regression", "10%"], "--fail-regression must come with --compare OLD.json"),
         (["--compare", "nowhere.json"], "nowhere.json"),
-        (["--compare", "{report}", "--fail-regression", "ten"], "invalid"),
+        (
+            ["--compare", "{report}", "--fail-regression", "ten"],
+            "must be a share such as 10% or 0.1, got ten",
+        ),
+        (["--compare", "{report}", "--fail-regression", "5"], "must be a share such as 10% or 0.1, got 5"),
         (["--compare", "{report}", "--fail-regression=-5%"], "must be a share such as 10% or 0.1, got -5%"),
         (
             ["--json", "nowhere/results.json"],
