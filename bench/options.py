@@ -145,8 +145,8 @@ def cases_of(options: argparse.Namespace, settings: Settings) -> list[Case]:
     if not cases:
         source = f"preset {','.join(settings.presets)}" if settings.presets else f"suite {settings.suite}"
         raise ValueError(
-            f"no case of {source} matches --filter {settings.pattern} and the families, dtypes and directions "
-            "that are asked for; without them --list shows all names"
+            f"no case of {source} matches --filter {settings.pattern} and the families, dtypes and "
+            "directions that are asked for; without them --list shows all names"
         )
     check_output_options(options, cases)
     # Baselines that are named are wanted wherever they apply, not only where the suite has a question.
