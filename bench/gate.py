@@ -26,7 +26,7 @@ class Verdict:
 
 
 def gate_of(contestants: Iterable[ContestantResult]) -> Gate | None:
-    """The stock baseline whose ratio has the lowest lower end, of those that have a ratio; None without one."""
+    """Of the stock baselines that have a ratio, the one with the lowest lower end; None without one."""
     gates = [
         Gate(each.name, each.measurement.ratio.median, each.measurement.ratio.low)
         for each in contestants
