@@ -93,8 +93,14 @@ def old_run(options: argparse.Namespace) -> Report | None:
 
 
 def conclude(report: Report, old: Report | None, console: Console, options: argparse.Namespace) -> int:
-    """Print tables and verdicts, write files; returns the exit status."""
+    """Print tables and verdicts, write files; returns the exit status.
+
+    Without any result no file is touched: there may be one of an earlier run.
+    """
     settings = report.settings
+    if not report.cases:
+        console.print("no case has a result: nothing is written")
+        return exit_status([], report.interrupted)
     comparison = compare_runs(report, old) if old else None
     console.print(summary_table(report))
     if settings.suite in ROWS:

@@ -81,6 +81,21 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     assert f"interrupted: 1 of {len(select('smoke'))} cases" in capsys.readouterr().out
 
 
+def test_interrupting_before_the_first_result_keeps_the_files_of_an_earlier_run(
+    monkeypatch, tmp_path, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "measure_roofline", interrupted)
+    files = [tmp_path / "results.json", tmp_path / "report.html"]
+    for path in files:
+        path.write_text("earlier")
+    assert main([*TINY, "--json", str(files[0]), "--html", str(files[1])]) == EXIT_INTERRUPTED
+    assert [path.read_text() for path in files] == ["earlier"] * 2
+    assert "no case has a result: nothing is written" in capsys.readouterr().out
+
+
 @pytest.fixture
 def pretended(monkeypatch, result_of):
     """Runs without measuring; returns the cases, thread counts and runners of them."""
