@@ -30,6 +30,11 @@ QUICK_PASSES = 3  # the suite that CI compares with an older run
 T = TypeVar("T")
 
 
+def default_passes(suite: str) -> int:
+    """Visits to every case, unless told otherwise."""
+    return QUICK_PASSES if suite == "quick" else 1
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -87,7 +92,7 @@ def settings_of(options: argparse.Namespace, arguments: Sequence[str]) -> Settin
         raise ValueError("threads must be left out with --device cuda, got " + options.threads)
     full_threads = sorted({1, usable_processors()})
     default_threads = {"full": full_threads, **dict.fromkeys(ROWS, LIMITS_THREADS)}.get(suite, (1,))
-    passes = options.passes if options.passes is not None else QUICK_PASSES if suite == "quick" else 1
+    passes = options.passes if options.passes is not None else default_passes(suite)
     if passes < 1:
         raise ValueError(f"passes must be 1 or more, got {passes}")
     seconds = DEFAULT_SECONDS[suite] if options.seconds is None else options.seconds
