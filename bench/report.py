@@ -25,7 +25,7 @@ LEGEND = (
     "scratch = peak memory of a call beyond its results, peak (whole models) = with them; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
-TABLE_WIDTH = 140  # a narrower terminal wraps lines, which loses nothing
+TABLE_WIDTH = 150  # a narrower terminal wraps lines, which loses nothing
 _HEADINGS = (
     *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
     *("faults", "scratch", "saved", "error", "rounds"),
