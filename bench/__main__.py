@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.error(str(error))
     console = make_console()
     if options.list:
-        console.print("\n".join(case.name for case in cases), markup=False, highlight=False)
+        console.print("\n".join(case.name for case in cases), markup=False, highlight=False, soft_wrap=True)
         return 0
     if settings.device == "cuda" and (reason := why_no_cuda()):
         print(f"no CUDA GPU to measure on: {reason}", file=sys.stderr)

@@ -223,14 +223,20 @@ def _flops(case: Case) -> int:
 
 
 def _bytes(case: Case) -> tuple[int, int]:
-    """(read, written): weight, x and dL/dy once per pass that needs them, z twice; results once."""
-    x, y, size, weight = case.m * case.k, case.m * case.n, case.element_size, _weight_bytes(case)
+    """(read, written): weight, x, l and dL/dy once per pass that needs them, results once.
+
+    z, which the gradient of l needs, is written in a forward that has a backward, and read in that.
+    """
+    size, weight = case.element_size, _weight_bytes(case)
+    x, y, scales = (size * count for count in (case.m * case.k, case.m * case.n, case.n))
     if case.op == SCALE_ONLY:
-        return size * 2 * y, size * case.n  # dL/dy and z
-    saved = x if case.op == FEEDFORWARD else y  # what the gradient of l reads
-    forward = (weight + size * x, size * (y if case.op == FEEDFORWARD else 2 * y))
-    backward = (weight + size * (y + saved), size * x)
-    both = (forward[0] + backward[0], forward[1] + backward[1])
+        return 2 * y, scales  # dL/dy and z
+    z = y
+    if case.op == FEEDFORWARD:  # scales x, and reads that again
+        scales, z = size * case.k, 0
+    forward = (weight + x + scales, y)
+    backward = (weight + y + (z or x) + scales, x + scales)
+    both = (forward[0] + backward[0], forward[1] + z + backward[1])
     return {"forward": forward, "backward": backward, "both": both}[case.direction]
 
 

@@ -13,11 +13,11 @@ from typing import Literal
 from .case import EXACT, OURS, OWN_VARIANTS
 from .gate import Verdict
 from .results import CaseResult, Measurement, Report
-from .stats import Band
+from .stats import MIN_CLEAN_ROUNDS, Band
 
 # What must be the same for times to be comparable; other facts of the machine and versions may differ.
 _FACTS = ("cpu", "gpu", "torch_capability", "native_capability")
-_LIBRARIES = ("torch", "bitsandbytes", "peft", "adapters", "triton", "unsloth")
+_LIBRARIES = ("torch", "bitsandbytes", "peft", "transformers", "adapters", "triton", "unsloth")
 _SAME_CODE = (*OWN_VARIANTS, EXACT)  # no yardsticks: they become slower together with ours
 
 
@@ -60,7 +60,8 @@ class Comparison:
         old: when that was made.
         differences: facts of machine and versions that make times incomparable; then there are no changes.
         changes: of the cases in both, in the order of this run.
-        unjudged: cases in both, of which one has no time, or that have no yardstick in common.
+        unjudged: cases in both, of which one has no time or another clock, or that have no yardstick in
+            common.
         added: cases that the old run has not.
         removed: cases that only the old run has.
     """
@@ -91,24 +92,27 @@ def compare_runs(new: Report, old: Report) -> Comparison:
 
 
 def judge_regressions(comparison: Comparison, threshold: float) -> list[Verdict]:
-    """Verdicts of `--fail-regression`: slower by more than `threshold`, and by more than noise explains."""
+    """Verdicts of `--fail-regression`: slower by more than `threshold`, and by more than noise explains.
+
+    Slower by more than `threshold`, but not than noise explains, is not judged: it may be either.
+    """
     if comparison.differences:
         return [Verdict("unjudged", f"not comparable: {each}") for each in comparison.differences]
-    slow = [
-        Verdict("slow", f"{change.title}: {change.sentence}")
+    large = [
+        Verdict("slow" if change.verdict == "slower" else "unjudged", f"{change.title}: {change.sentence}")
         for change in comparison.changes
-        if change.verdict == "slower" and change.time.median > 1 + threshold
+        if change.time.median > 1 + threshold
     ]
     unjudged = [Verdict("unjudged", f"{name}: too noisy to compare") for name in comparison.unjudged]
     if not comparison.changes and not unjudged:
         unjudged = [Verdict("unjudged", "no case is in both runs")]
-    return slow + unjudged
+    return large + unjudged
 
 
 def _change(new: CaseResult, old: CaseResult) -> Change | None:
     ours, before = new.contestants[0].measurement, old.contestants[0].measurement
-    if ours is None or before is None:
-        return None
+    if ours is None or before is None or new.clock != old.clock:
+        return None  # launching call by call on a GPU is no time to hold against that of a CUDA graph
     earlier = {each.name: each.measurement for each in old.contestants}
     found = [
         (_quotient(past, present), each.name)
@@ -127,8 +131,14 @@ def _change(new: CaseResult, old: CaseResult) -> Change | None:
 
 
 def _ratio(baseline: Measurement | None, ours: Measurement) -> Band | None:
-    """Its ratio, if it took part in every pass: fewer give a band that is too narrow."""
-    return baseline.ratio if baseline and len(baseline.passes) == len(ours.passes) else None
+    """Its ratio, if it took part in every pass, and more than one of them has enough undisturbed rounds.
+
+    Fewer give a band that is too narrow: it knows nothing of what differs from pass to pass.
+    """
+    if baseline is None or len(baseline.passes) != len(ours.passes):
+        return None
+    usable = sum(len(each.ratios) >= MIN_CLEAN_ROUNDS for each in baseline.passes)
+    return None if usable == 1 < len(baseline.passes) else baseline.ratio
 
 
 def _quotient(above: Band, below: Band) -> Band:

@@ -26,14 +26,12 @@ class Verdict:
 
 
 def gate_of(contestants: Iterable[ContestantResult]) -> Gate | None:
-    """The stock baseline whose ratio has the lowest lower end; None if any of them, or ours, is too noisy."""
-    gates = []
-    for contestant in contestants:
-        if contestant.name in GATE_BASELINES and contestant.status != "missing":
-            measurement = contestant.measurement
-            if measurement is None or measurement.ratio is None:
-                return None
-            gates.append(Gate(contestant.name, measurement.ratio.median, measurement.ratio.low))
+    """Of the stock baselines that have a ratio, the one with the lowest lower end; None without one."""
+    gates = [
+        Gate(each.name, each.measurement.ratio.median, each.measurement.ratio.low)
+        for each in contestants
+        if each.name in GATE_BASELINES and each.measurement and each.measurement.ratio
+    ]
     return min(gates, key=lambda gate: gate.low, default=None)
 
 
@@ -44,14 +42,12 @@ def judge(result: CaseResult, fail_below: float | None) -> Verdict:
     if fail_below is None:
         return Verdict("passed")
     gate = result.gate
-    if gate is None:
-        stock = (OURS, *GATE_BASELINES)
-        noisy = [each.name for each in result.contestants if each.status == "noisy" and each.name in stock]
-        nothing = "no stock baseline to judge against"
-        return Verdict("unjudged", f"too noisy to judge: {', '.join(noisy)}" if noisy else nothing)
-    if gate.low < fail_below:
+    if gate and gate.low < fail_below:  # whatever those that are too noisy would have said
         return Verdict("slow", f"{gate.low:.3f} < {fail_below:g} against {gate.baseline}")
-    return Verdict("passed")
+    stock = (OURS, *GATE_BASELINES)
+    if noisy := [each.name for each in result.contestants if each.status == "noisy" and each.name in stock]:
+        return Verdict("unjudged", f"too noisy to judge: {', '.join(noisy)}")
+    return Verdict("passed") if gate else Verdict("unjudged", "no stock baseline to judge against")
 
 
 def exit_status(verdicts: Sequence[Verdict], interrupted: bool) -> int:

@@ -43,7 +43,14 @@ class Machine:
 def machine_facts(gpu: str | None = None) -> Machine:
     """Collect the facts of this machine; `gpu` where one is measured."""
     native = native_library()
-    names = ("torch", "bitsandbytes", "peft", *(("triton", "adapters", "unsloth") if gpu else ()))
+    names = (
+        "torch",
+        "bitsandbytes",
+        "peft",
+        "transformers",
+        "adapters",
+        *(("triton", "unsloth") if gpu else ()),
+    )
     libraries = {name: _version(name) for name in names}
     return Machine(
         cpu=_cpu_model(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 from collections.abc import Sequence
 from typing import TypeVar
@@ -27,6 +28,11 @@ DEFAULT_SECONDS = {
 }
 QUICK_PASSES = 3  # the suite that CI compares with an older run
 T = TypeVar("T")
+
+
+def default_passes(suite: str) -> int:
+    """Visits to every case, unless told otherwise."""
+    return QUICK_PASSES if suite == "quick" else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,9 +92,12 @@ def settings_of(options: argparse.Namespace, arguments: Sequence[str]) -> Settin
         raise ValueError("threads must be left out with --device cuda, got " + options.threads)
     full_threads = sorted({1, usable_processors()})
     default_threads = {"full": full_threads, **dict.fromkeys(ROWS, LIMITS_THREADS)}.get(suite, (1,))
-    passes = options.passes if options.passes is not None else QUICK_PASSES if suite == "quick" else 1
+    passes = options.passes if options.passes is not None else default_passes(suite)
     if passes < 1:
         raise ValueError(f"passes must be 1 or more, got {passes}")
+    seconds = DEFAULT_SECONDS[suite] if options.seconds is None else options.seconds
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a positive number, got {seconds:g}")
     return Settings(
         suite=suite,
         families=_names(options.family, tuple(registry.FAMILIES), "family") or list(registry.FAMILIES),
@@ -97,7 +106,7 @@ def settings_of(options: argparse.Namespace, arguments: Sequence[str]) -> Settin
         presets=_names(options.preset, tuple(MODELS), "preset"),
         threads=_numbers(options.threads, "threads") or ([1] if on_gpu else [*default_threads]),
         passes=passes,
-        max_seconds=options.seconds or DEFAULT_SECONDS[suite],
+        max_seconds=seconds,
         fail_below=options.fail_below,
         fail_regression=options.fail_regression,
         fail_sweep=options.fail_sweep,
@@ -139,8 +148,10 @@ def cases_of(options: argparse.Namespace, settings: Settings) -> list[Case]:
         if (not dtypes or case.dtype in dtypes) and (not directions or case.direction in directions)
     ]
     if not cases:
+        source = f"preset {','.join(settings.presets)}" if settings.presets else f"suite {settings.suite}"
         raise ValueError(
-            f"no case of suite {settings.suite} matches {settings.pattern}; --list shows their names"
+            f"no case of {source} matches --filter {settings.pattern} and the families, dtypes and "
+            "directions that are asked for; without them --list shows all names"
         )
     check_output_options(options, cases)
     # Baselines that are named are wanted wherever they apply, not only where the suite has a question.
@@ -158,8 +169,8 @@ def _baselines(options: argparse.Namespace, suite: str) -> list[str]:
 
 
 def _names(text: str | None, known: Sequence[T], option: str) -> list[T]:
-    """The names in a comma-separated list; none without it."""
-    given = text.split(",") if text else []
+    """The names in a comma-separated list, each once; none without it."""
+    given = dict.fromkeys(text.split(",")) if text else {}
     by_name = {str(each): each for each in known}
     if unknown := sorted(set(given) - set(by_name)):
         raise ValueError(f"{option} must be one of {', '.join(by_name)}, got {', '.join(unknown)}")
@@ -167,11 +178,11 @@ def _names(text: str | None, known: Sequence[T], option: str) -> list[T]:
 
 
 def _numbers(text: str | None, option: str) -> list[int]:
-    """The numbers in a comma-separated list; none without it."""
+    """The numbers in a comma-separated list, each once; none without it."""
     if not text:
         return []
     try:
-        numbers = [int(number) for number in text.split(",")]
+        numbers = list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError:
         numbers = [0]
     if min(numbers) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     verdict(
         "--fail-below",
-        type=float,
+        type=_ratio,
         metavar="R",
         help="fail if a ratio's lower end against a stock baseline is below R",
     )
@@ -72,9 +73,13 @@ def check_output_options(options: argparse.Namespace, cases: Sequence[Case]) -> 
         raise ValueError("--fail-regression must come with --compare OLD.json, a run to compare with")
     if options.plots:
         check_matplotlib("--plots")
-    for path in _files(options):
+    for path in (*_files(options), *_folders(options)):
         if path.parent != FOLDER and not path.parent.is_dir():
             raise ValueError(f"files must be in a folder that exists, got {path}")
+    if folders := [path for path in _files(options) if path.is_dir()]:
+        raise ValueError(f"a file must be named, not a folder, got {folders[0]}")
+    if files := [path for path in _folders(options) if path.is_file()]:
+        raise ValueError(f"--plots must name a folder, not a file, got {files[0]}")
 
 
 def old_run(options: argparse.Namespace) -> Report | None:
@@ -88,8 +93,14 @@ def old_run(options: argparse.Namespace) -> Report | None:
 
 
 def conclude(report: Report, old: Report | None, console: Console, options: argparse.Namespace) -> int:
-    """Print tables and verdicts, write files; returns the exit status."""
+    """Print tables and verdicts, write files; returns the exit status.
+
+    Without any result no file is touched: there may be one of an earlier run.
+    """
     settings = report.settings
+    if not report.cases:
+        console.print("no case has a result: nothing is written")
+        return exit_status([], report.interrupted)
     comparison = compare_runs(report, old) if old else None
     console.print(summary_table(report))
     if settings.suite in ROWS:
@@ -112,7 +123,7 @@ def _write(
     report: Report, comparison: Comparison | None, console: Console, options: argparse.Namespace
 ) -> None:
     """Write the files that are asked for."""
-    folders = [path.parent for path in _files(options)] + ([options.plots] if options.plots else [])
+    folders = [path.parent for path in _files(options)] + _folders(options)
     for folder in folders:
         folder.mkdir(exist_ok=True)
     written = _files(options)
@@ -142,9 +153,28 @@ def _files(options: argparse.Namespace) -> list[Path]:
     return [path for path in (options.json, options.csv, options.html, options.table) if path]
 
 
+def _folders(options: argparse.Namespace) -> list[Path]:
+    """The folder that is asked for, if one is."""
+    return [options.plots] if options.plots else []
+
+
 def _share(text: str) -> float:
-    """0.1 of "10%" and of "0.1"."""
-    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= share < 10:
+    """0.1 of "10%" and of "0.1"; a number without % is below 1, for 5 might be meant as 5 %."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < (10 if text.endswith("%") else 1):
         raise argparse.ArgumentTypeError(f"must be a share such as 10% or 0.1, got {text}")
     return share
+
+
+def _ratio(text: str) -> float:
+    """A ratio to stay above."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a ratio such as 0.95, got {text}")
+    return ratio

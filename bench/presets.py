@@ -7,6 +7,7 @@ num_attention_heads, num_key_value_heads, head_dim).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,11 +55,15 @@ class Model:
         Raises:
             ValueError: the model cannot be split so.
         """
-        for size, what in ((self.query, "query"), (self.feedforward, "feed-forward")):
-            if size % split or size // split % BLOCKSIZE:
+        of_heads = math.lcm(self.head, BLOCKSIZE)  # a head stays on one device
+        for size, what, unit in (
+            (self.query, "query", of_heads),
+            (self.feedforward, "feed-forward", BLOCKSIZE),
+        ):
+            if size % split or size // split % unit:
                 raise ValueError(
                     f"tp must split the {size} {what} features of {self.name} into multiples of "
-                    f"{BLOCKSIZE}, got {split}"
+                    f"{unit}, got {split}"
                 )
         query, feedforward = self.query // split, self.feedforward // split
         key_value = max(self.key_value // split, self.head)

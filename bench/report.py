@@ -25,7 +25,7 @@ LEGEND = (
     "scratch = peak memory of a call beyond its results, peak (whole models) = with them; "
     "error = max |error| / max |float64 result|, ! = outside the tolerance ours is held to"
 )
-TABLE_WIDTH = 132  # a narrower terminal wraps lines, which loses nothing
+TABLE_WIDTH = 150  # a narrower terminal wraps lines, which loses nothing
 _HEADINGS = (
     *("ms", "", "ratio", "band", "GB/s", "GFLOP/s", "% roof"),
     *("faults", "scratch", "saved", "error", "rounds"),
@@ -171,14 +171,18 @@ def print_comparison(console: Console, comparison: Comparison, threshold: float 
     console.print(f"{same} of {len(changes)} cases take the same time within their noise bands")
     for what, names in (
         ("not comparable", comparison.differences),
-        ("too noisy to compare", comparison.unjudged),
+        ("too noisy to compare, or no baseline in common", comparison.unjudged),
         ("only in this run", comparison.added),
         ("only in the old run", comparison.removed),
     ):
         for name in names:
             console.print(f"{what}: {name}", markup=False, highlight=False)
     if threshold is not None:
-        slow = [verdict for verdict in judge_regressions(comparison, threshold) if verdict.kind == "slow"]
+        verdicts = judge_regressions(comparison, threshold)
+        slow = [verdict for verdict in verdicts if verdict.kind == "slow"]
+        for change in changes:
+            if change.verdict == "same" and change.time.median > 1 + threshold:
+                console.print(f"too noisy to judge: {change.title}: {change.sentence}", markup=False)
         if slow:
             console.print(f"[bold red]{len(slow)} slower by more than {threshold:.0%}[/bold red]")
         elif changes:

@@ -87,7 +87,7 @@ class ContestantResult:
 
 @dataclass(frozen=True)
 class Gate:
-    """The stock baseline that ours beats by least: ratio and lower end of its noise band."""
+    """The stock baseline that ours beats by least, of those with a ratio: that, and its band's lower end."""
 
     baseline: str
     ratio: float

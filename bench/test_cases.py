@@ -40,9 +40,18 @@ _REPLAY = _Replay()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     suite, presets = option("--bench-suite"), option("--bench-preset")
-    everything = preset_cases(presets.split(","), PRESET_SUITES[suite], suite) if presets else select(suite)
+    if presets and suite not in PRESET_SUITES:
+        raise pytest.UsageError(f"--bench-suite must be quick or full with --bench-preset, got {suite}")
+    try:
+        everything = (
+            preset_cases(presets.split(","), PRESET_SUITES[suite], suite) if presets else select(suite)
+        )
+    except ValueError as error:
+        raise pytest.UsageError(f"--bench-preset: {error}") from error
     cases = matching(everything, FAMILIES, option("--bench-filter"))
-    wanted = {OURS, *default_baselines(option("--bench-suite"))}
+    if not cases:
+        raise pytest.UsageError(f"--bench-filter {option('--bench-filter')} matches no case")
+    wanted = {OURS, *default_baselines(suite)}
     pairs = [(case, name) for case in cases for name in (OURS, *baselines(case)) if name in wanted]
     metafunc.parametrize(("case", "contestant"), pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
 

@@ -47,7 +47,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child,))
-        with _environment(environment):
+        with _environment(environment), _ctrl_c_ignored():
             self._process.start()
         child.close()
 
@@ -204,7 +204,6 @@ def _scratch(sender: Connection, case: Case, names: list[str], threads: int) -> 
 
 
 def _serve(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the connection
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the parent has said it already
     served = _Served()
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is done, or gone
@@ -215,6 +214,19 @@ def _serve(connection: Connection) -> None:
             except Unavailable as unavailable:
                 reply = unavailable
             connection.send(reply)
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C from their first instruction on, while they import too.
+
+    It is for the parent, which then closes the connection.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

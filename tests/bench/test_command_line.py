@@ -81,6 +81,21 @@ def test_interrupting_keeps_what_is_done(alone, monkeypatch, tmp_path, capsys):
     assert f"interrupted: 1 of {len(select('smoke'))} cases" in capsys.readouterr().out
 
 
+def test_interrupting_before_the_first_result_keeps_the_files_of_an_earlier_run(
+    monkeypatch, tmp_path, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "measure_roofline", interrupted)
+    files = [tmp_path / "results.json", tmp_path / "report.html"]
+    for path in files:
+        path.write_text("earlier")
+    assert main([*TINY, "--json", str(files[0]), "--html", str(files[1])]) == EXIT_INTERRUPTED
+    assert [path.read_text() for path in files] == ["earlier"] * 2
+    assert "no case has a result: nothing is written" in capsys.readouterr().out
+
+
 @pytest.fixture
 def pretended(monkeypatch, result_of):
     """Runs without measuring; returns the cases, thread counts and runners of them."""
@@ -172,7 +187,16 @@ def test_list_prints_names_and_measures_nothing(monkeypatch, capsys):
         ),
         (["--baseline", "tensorflow"], "baseline must be one of eager"),
         (["--threads", "1,x"], "threads must be positive numbers such as 1 or 1,2, got 1,x"),
-        (["--filter", "nothing*"], "no case of suite quick matches nothing*"),
+        (["--filter", "nothing*"], "no case of suite quick matches --filter nothing* and the families"),
+        (["--preset", "minilm", "--family", "model"], "no case of preset minilm matches --filter *"),
+        (["--seconds", "0"], "seconds must be a positive number, got 0"),
+        (["--seconds", "nan"], "seconds must be a positive number, got nan"),
+        (["--passes", "0"], "passes must be 1 or more, got 0"),
+        (["--fail-below", "nan"], "must be a ratio such as 0.95, got nan"),
+        (["--fail-below", "95%"], "must be a ratio such as 0.95, got 95%"),
+        (["--json", "."], "a file must be named, not a folder, got ."),
+        (["--plots", "nowhere/plots"], "files must be in a folder that exists, got nowhere/plots"),
+        (["--plots", __file__], "--plots must name a folder, not a file, got "),
         (["--plot", "plot.txt"], "--plot must end in one of .png, .svg, .pdf, got plot.txt"),
         (
             ["--family", "nf4", "--plot", "plot.png"],
@@ -186,6 +210,24 @@ def test_bad_options_are_explained(capsys, arguments, message):
         main(arguments)
     assert status.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_measured_once(pretended):
+    main(
+        [
+            "--preset",
+            "minilm,minilm",
+            "--tokens",
+            "3,3",
+            "--threads",
+            "1,1",
+            "--filter",
+            "nf4_linear/forward/*",
+        ]
+    )
+    problems = [(case.name, threads) for case, threads, _ in pretended]
+    assert len(problems) == 3 * 3  # shapes, passes
+    assert len(set(problems)) == 3
 
 
 def test_files_without_a_name_go_to_one_folder(pretended, monkeypatch, tmp_path, capsys):

@@ -31,9 +31,21 @@ def test_gate_is_the_lowest_lower_end_of_the_stock_baselines():
     assert (gate.baseline, gate.ratio, gate.low) == ("eager", 1.3, 0.9)
 
 
-def test_no_gate_without_every_stock_baseline_that_runs():
-    assert gate_of([*STOCK, ContestantResult("peft", "noisy")]) is None
+def test_a_baseline_that_is_too_noisy_has_no_part_in_the_gate():
+    assert gate_of([*STOCK, ContestantResult("peft", "noisy")]) == gate_of(STOCK)
     assert gate_of(STOCK[2:]) is None
+
+
+@pytest.mark.parametrize(
+    ("fail_below", "verdict"),
+    [
+        (1.8, Verdict("unjudged", "too noisy to judge: peft")),  # it might be the fastest
+        (1.9, Verdict("slow", "1.800 < 1.9 against eager")),
+    ],
+)
+def test_noise_of_one_baseline_hides_no_loss_against_another(report, fail_below, verdict):
+    contestants = [*report.cases[0].contestants, ContestantResult("peft", "noisy")]
+    assert judge(dataclasses.replace(report.cases[0], contestants=contestants), fail_below) == verdict
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import pytest
 from peft_kernels.bench.__main__ import main
 from peft_kernels.bench.case import GATE_BASELINES
+from peft_kernels.bench.cases_ia3 import FEEDFORWARD, IA3
 from peft_kernels.bench.oracle import compare
-from peft_kernels.bench.presets import FULL, MODELS, QUICK, Grid, preset_cases
+from peft_kernels.bench.presets import DIRECTIONS, FULL, MODELS, QUICK, Grid, preset_cases
 from peft_kernels.bench.registry import FAMILIES, prepare
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def listed(capsys, *arguments):
@@ -88,11 +90,43 @@ def test_cases_of_a_preset_compute_what_the_oracle_says(case):
     assert check.passed, check
 
 
+COUNTED = [
+    case
+    for case in preset_cases(["minilm"], Grid((5,), ("float32",), DIRECTIONS, (4,)), "quick")
+    if case.family in ("linear", "ia3", "adapter")  # eager's DoRA computes norms that ours keeps
+]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
+def test_flops_and_written_bytes_are_those_of_plain_pytorch(case):
+    prepared = prepare(case)
+    program = prepared.contestants["eager"]()[0]
+    with FlopCounterMode(display=False) as counted:
+        results = program.call()
+    assert prepared.flops == counted.get_total_flops()
+    written = sum(result.nbytes for result in program.outputs(results).values())
+    z = 4 * case.m * case.n if (case.op, case.direction) == ("ia3_linear", "both") else 0
+    assert prepared.write_bytes == written + z
+
+
+def test_ia3_reads_its_vector_in_every_pass():
+    def read(op, direction):
+        return prepare(IA3(op, 5, 128, 64, direction=direction)).read_bytes
+
+    weight, x, y = 128 * 64 // 2 + 128 * 64 // 64 * 4, 4 * 5 * 128, 4 * 5 * 64
+    assert read("ia3_linear", "forward") == weight + x + 4 * 64
+    assert read("ia3_linear", "backward") == weight + y + y + 4 * 64  # the second is z
+    assert read(FEEDFORWARD, "forward") == weight + x + 4 * 128
+    assert read(FEEDFORWARD, "backward") == weight + y + x + 4 * 128
+    assert read(FEEDFORWARD, "both") == read(FEEDFORWARD, "forward") + read(FEEDFORWARD, "backward")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--preset", "gpt-5"], "preset must be one of minilm, llama-3.2-1b"),
         (["--preset", "minilm", "--tp", "5"], "tp must split the 384 query features of minilm"),
+        (["--preset", "qwen3-8b", "--tp", "64"], "query features of qwen3-8b into multiples of 128, got 64"),
         (["--preset", "minilm", "--suite", "sweep"], "suite must be quick or full with --preset, got sweep"),
         (["--preset", "minilm", "--tokens", "0"], "tokens must be positive numbers such as 1 or 1,2, got 0"),
         (["--tokens", "8"], "tokens must come with --preset"),
