@@ -22,6 +22,10 @@ Calls = Mapping[str, Sequence[Callable[[], Any]]]  # contestant -> a call for ev
 _WARM_UP = 3  # calls before a graph is captured: libraries choose algorithms, autotuning ends
 
 
+# Other people's libraries meet machines and versions that nobody has tried: a row says so, others go on.
+FAILURES = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
+
+
 class Device(Protocol):
     """Where contestants run."""
 
@@ -47,7 +51,7 @@ class CPU:
     """Wall clock and CPU time in this process; memory in a child process."""
 
     name = "cpu"
-    failures: tuple[type[Exception], ...] = ()
+    failures: tuple[type[Exception], ...] = FAILURES
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -86,8 +90,7 @@ class GPU:
     def __init__(self, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
         self._capture_failed = False
-        # Other people's libraries meet GPUs and versions that nobody has tried: a row says so, others go on.
-        self.failures = (AttributeError, ImportError, RuntimeError, TypeError, ValueError, *_triton_errors())
+        self.failures = (*FAILURES, *_triton_errors())
 
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ class Configuration:
 
 def cases() -> list[Case]:
     """Production shapes: the suite that `python -m peft_kernels.bench --device cuda` measures."""
-    return registry.select("gpu")
+    return [case for case in registry.select("gpu") if case.family != "model"]  # which is made of the others
 
 
 def missing() -> list[str]:

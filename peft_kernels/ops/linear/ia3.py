@@ -48,11 +48,11 @@ def ia3_linear(
     check_dtype("x", x, FLOAT_DTYPES)
     scale = _vector(ia3_l, tuple(weight.shape), feedforward)
     check_vector("ia3_l", scale, "[K]" if feedforward else "[N]", scale.shape[0], x)
+    check_memory("ia3_l", ia3_l)
     if feedforward:
         return adapted_linear(x, weight, input_scale=scale, bias=bias)
     if bias is not None:
         check_vector("bias", bias, "[N]", weight.shape[0], x)
-        check_memory("ia3_l", ia3_l)
         check_memory("bias", bias)
         bias = bias * scale.to(accumulate_dtype(scale.dtype))
     return adapted_linear(x, weight, column_scale=scale, bias=bias)

@@ -218,12 +218,12 @@ def test_outputs_share_no_memory(backend: str) -> None:
         ({"residual": torch.zeros(4, 64).half()}, "residual must be float32, got float16"),
         ({"gate": torch.zeros(4)}, "gate must be expandable to [..., 1] = [4, 1], got [4]"),
         ({"gate": torch.zeros(3, 1)}, "gate must be expandable to [..., 1] = [4, 1], got [3, 1]"),
-        ({"scaling": torch.zeros(3)}, "scale must be [N] = [64], got [3]; or pass one element"),
+        ({"scaling": torch.zeros(3)}, "scaling must be [N] = [64], [1] or 0-dim, got [3]"),
         ({"scaling": math.nan}, "scaling must be finite, got nan"),
         ({"dropout_p": 1.0}, "dropout_p must be in [0, 1), got 1.0"),
         ({"dropout_p": 0.5, "seed": torch.tensor(1).int()}, "seed must be int64, got int32"),
         ({"activation": "swoosh"}, "activation must be one of identity, relu, leaky_relu"),
-        ({"ln_after": (torch.zeros(3), None, 1e-5)}, "ln_after weight must be [64], got [3]"),
+        ({"ln_after": (torch.zeros(3), None, 1e-5)}, "ln_after weight must be [d] = [64], got [3]"),
     ],
 )
 def test_public_call_refuses(backend: str, change: dict[str, Any], message: str) -> None:
