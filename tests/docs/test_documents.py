@@ -80,7 +80,7 @@ def test_commands_that_are_wrong_are_noticed():
     wrong = {
         "make no-such-target": "no make target no-such-target",
         "python -m peft_kernels.bench --suite enormous": "invalid choice: 'enormous'",
-        "python -m peft_kernels.bench --filter 'no-such-case'": "matches no-such-case",
+        "python -m peft_kernels.bench --filter 'no-such-case'": "matches --filter no-such-case",
         "python -m peft_kernels.bench --no-such-option": "unrecognized arguments: --no-such-option",
         "python -m peft_kernels.no_such_module": "no module peft_kernels.no_such_module",
         "python examples/demo.py --quickly": "unrecognized arguments: --quickly",
