@@ -12,7 +12,7 @@ from typing import Literal
 
 from .case import EXACT, OURS, OWN_VARIANTS
 from .gate import Verdict
-from .results import CaseResult, Measurement, Report
+from .results import CaseResult, Measurement, Report, case_title
 from .stats import MIN_CLEAN_ROUNDS, Band
 
 # What must be the same for times to be comparable; other facts of the machine and versions may differ.
@@ -43,7 +43,7 @@ class Change:
     @property
     def title(self) -> str:
         """The case and its thread count."""
-        return title(self.name, self.threads)
+        return case_title(self.name, self.threads)
 
     @property
     def sentence(self) -> str:
@@ -85,9 +85,9 @@ def compare_runs(new: Report, old: Report) -> Comparison:
         old.created,
         differences,
         changes=[change for change in changes.values() if change],
-        unjudged=[title(*key) for key, change in changes.items() if change is None],
-        added=[title(*key) for key in now if key not in before],
-        removed=[title(*key) for key in before if key not in now],
+        unjudged=[case_title(*key) for key, change in changes.items() if change is None],
+        added=[case_title(*key) for key in now if key not in before],
+        removed=[case_title(*key) for key in before if key not in now],
     )
 
 
@@ -150,7 +150,3 @@ def _differences(new: Report, old: Report) -> list[str]:
     pairs = [(name, asdict(new.machine)[name], asdict(old.machine)[name]) for name in _FACTS]
     pairs += [(name, new.machine.versions.get(name), old.machine.versions.get(name)) for name in _LIBRARIES]
     return [f"{name} was {before}, is {now}" for name, now, before in pairs if now != before]
-
-
-def title(name: str, threads: int) -> str:
-    return f"{name}, {threads} thread{'s' if threads != 1 else ''}"

@@ -139,8 +139,7 @@ def _write(
         written += save_plots(report, options.plots)
     if options.plot:
         if found := curves(report):
-            title = f"{report.machine.gpu or report.machine.cpu}, {report.created[:10]}"
-            save_plot(found, title, options.plot)
+            save_plot(found, report.heading, options.plot)
             written.append(options.plot)
         else:
             console.print("[yellow]nothing to draw: no problem has a time at two M[/yellow]")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .case import OURS
-from .report import threads_text
+from .results import threads_text
 from .sweep import Curve
 
 FORMATS = (".png", ".svg", ".pdf")

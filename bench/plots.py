@@ -40,7 +40,7 @@ def save_plots(report: Report, folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: there is no matplotlib.
     """
-    title = f"{report.machine.gpu or report.machine.cpu}, {report.created[:10]}"
+    title = report.heading
     ratios = [standing for standing in standings(report) if standing.ratio]
     ratios.sort(key=lambda standing: standing.ratio.median if standing.ratio else 0.0)
     scratch = [r for r in report.cases if any(each.scratch_bytes is not None for each in r.contestants)]

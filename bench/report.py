@@ -15,7 +15,7 @@ from .gate import Verdict, judge
 from .limits import Line
 from .machine import Machine
 from .oracle import CHECKED_TOKENS
-from .results import CaseResult, ContestantResult, Measurement, Report
+from .results import CaseResult, ContestantResult, Measurement, Report, threads_text
 from .roofline import Roofline
 
 LEGEND = (
@@ -110,7 +110,7 @@ def print_verdicts(console: Console, report: Report) -> None:
     if failures:
         console.print(f"[bold red]{len(failures)} of {len(report.cases)} do not pass:[/bold red]")
         for result, verdict in failures:
-            line = f"{result.name}, {threads_text(result.threads)}: {verdict.text}"
+            line = f"{result.title}: {verdict.text}"
             console.print(line, markup=False, highlight=False)
     elif fail_below is not None:
         console.print(f"[green]all {len(report.cases)} at or above {fail_below:g}[/green]")
@@ -236,10 +236,6 @@ def _note(contestant: ContestantResult) -> Text:
 
 def _mark(name: str) -> str:
     return "*" if name in GATE_BASELINES else ""
-
-
-def threads_text(threads: int) -> str:
-    return f"{threads} thread{'s' if threads != 1 else ''}"
 
 
 def size_text(size: int | None) -> str:

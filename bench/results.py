@@ -130,7 +130,7 @@ class CaseResult:
     @property
     def title(self) -> str:
         """The case and its thread count."""
-        return f"{self.name}, {self.threads} thread{'s' if self.threads != 1 else ''}"
+        return case_title(self.name, self.threads)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,22 @@ class Report:
 
     def measured_on(self, threads: int) -> str:
         """What some of the cases ran on, in words: the GPU, or so many threads."""
-        return "GPU" if self.machine.gpu else f"{threads} thread{'s' if threads != 1 else ''}"
+        return "GPU" if self.machine.gpu else threads_text(threads)
+
+    @property
+    def heading(self) -> str:
+        """Device and date, for a picture."""
+        return f"{self.machine.gpu or self.machine.cpu}, {self.created[:10]}"
+
+
+def threads_text(threads: int) -> str:
+    """So many threads, in words."""
+    return f"{threads} thread{'s' if threads != 1 else ''}"
+
+
+def case_title(name: str, threads: int) -> str:
+    """A case and its thread count, in words."""
+    return f"{name}, {threads_text(threads)}"
 
 
 def finite(value: float) -> float | None:

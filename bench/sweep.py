@@ -9,8 +9,7 @@ from typing import Literal
 
 from .case import OURS, Case
 from .gate import Verdict
-from .report import threads_text
-from .results import Report
+from .results import Report, case_title
 from .stats import Band
 
 # Two M are not measured in the same rounds, and a shared machine changes its speed meanwhile, of which noise
@@ -90,13 +89,13 @@ def breaks(points: Sequence[Point]) -> list[str]:
 def judge_sweep(report: Report) -> list[Verdict]:
     """Verdicts on ours: every break of the rule, and every M that has no time to judge by."""
     slow = [
-        Verdict("slow", f"{curve.problem.name}, {threads_text(curve.threads)}: {sentence}")
+        Verdict("slow", f"{case_title(curve.problem.name, curve.threads)}: {sentence}")
         for curve in curves(report)
         if curve.contestant == OURS
         for sentence in breaks(curve.points)
     ]
     without_time = [
-        Verdict("unjudged", f"{result.name}, {threads_text(result.threads)}: {result.status}")
+        Verdict("unjudged", f"{result.title}: {result.status}")
         for result in report.cases
         if result.contestants[0].measurement is None
     ]

@@ -14,7 +14,6 @@ import pytest
 from peft_kernels.bench.case import OURS, Case
 from peft_kernels.bench.presets import PRESET_SUITES, preset_cases
 from peft_kernels.bench.registry import FAMILIES, baselines, default_baselines, matching, select
-from peft_kernels.bench.report import threads_text
 from peft_kernels.bench.results import CaseResult
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -68,7 +67,7 @@ def test_case(
     if own.measurement is None:
         pytest.skip(f"{own.status}: {own.reason}")
     speed = own.measurement
-    benchmark.group = f"{case.name}, {threads_text(result.threads)}"
+    benchmark.group = result.title
     benchmark.extra_info = {
         "ratio": dataclasses.asdict(speed.ratio) if speed.ratio else None,
         "bytes": result.read_bytes + result.write_bytes,

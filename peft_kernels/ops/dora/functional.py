@@ -8,7 +8,13 @@ from peft_kernels.core.transforms import refuse_transforms
 from peft_kernels.ops.dora.schema import NormArgs, check_dora_norm
 from peft_kernels.ops.dropout.functional import philox_dropout
 from peft_kernels.ops.dropout.schema import FLOAT_DTYPES
-from peft_kernels.ops.linear.functional import adapted_linear, fold_scaling, split_weight, under_autocast
+from peft_kernels.ops.linear.functional import (
+    adapted_linear,
+    check_weight,
+    fold_scaling,
+    split_weight,
+    under_autocast,
+)
 from peft_kernels.ops.linear.schema import check_vector
 from peft_kernels.ops.nf4.weight import NF4Weight
 
@@ -116,14 +122,14 @@ def dora_linear(
     check_tensor("lora_b", lora_b)
     check_probability("dropout_p", dropout_p)
     x, _ = under_autocast(x, weight)  # the norm is that of the weight as it is
-    _, out_features = split_weight(weight, x)
+    check_weight(weight, x)
     if isinstance(scaling, torch.Tensor):
         lora_b, scaling = fold_scaling(lora_b, scaling), 1.0
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scaling)
     for name, vector in (("magnitude", magnitude), ("norm", norm)):
         check_tensor(name, vector)
-        check_vector(name, vector, "[N]", out_features, x)
+        check_vector(name, vector, "[N]", weight.shape[0], x)
         check_memory(name, vector)
     dropped, scale = philox_dropout(x, dropout_p, seed), row_scale(magnitude, norm)
     y = adapted_linear(
